@@ -1,0 +1,44 @@
+"""The one typed batch: what data hands to the model, in training, evaluation and generation alike.
+
+Rows hold one sample or several packed ones. Media stand beside the rows in `groups` (one for each shard of the data
+axes, so that a row's media live on its own devices): row r of R belongs to group r // (R // groups), and `media[r, t]` is
+an index into that group's media tokens, tile after tile.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Fields that a use does not need are None.
+
+    tokens      int32 [rows, length]   token ids; 0 at media positions and at padding
+    segments    int32 [rows, length]   0 = padding; 1, 2, ... = the packed samples of the row
+    positions   int32 [rows, length]   position within the sample
+    media       int32 [rows, length]   index of the media token spliced here, -1 at text
+    targets     int32 [rows, length]   the id to be predicted *from* this position (already shifted)
+    weights     float32 [rows, length] weight of that prediction in the loss, 0 = not supervised
+    images      uint8 [groups, tiles, height, width, channels]   pixels; the model normalises
+    features    float [groups, tiles, positions, width]          cached encoder features in place of `images`
+    tiles       bool [groups, tiles]   which tiles are real; the others are dummies that no row points at
+    classes     int32 [groups, tiles]  class of each tile (classification objective), -1 = none
+    """
+
+    tokens: Array | None = None
+    segments: Array | None = None
+    positions: Array | None = None
+    media: Array | None = None
+    targets: Array | None = None
+    weights: Array | None = None
+    images: Array | None = None
+    features: Array | None = None
+    tiles: Array | None = None
+    classes: Array | None = None

@@ -1,0 +1,288 @@
+"""What a recipe may say: typed, with a default for everything that has one.
+
+A file in configs/ builds a `Recipe` from these dataclasses and hands it out with `to_config_dict`; the command line
+overrides single fields (`--config.stages.finetune.optimizer.learning_rate=1e-4`); `from_config_dict` turns the result back
+into a validated `Recipe`. Nothing downstream reads a ConfigDict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+@dataclasses.dataclass
+class Part:
+    """An encoder or an LLM: a directory with published weights, or a shape to initialise afresh.
+
+    path      a Hugging Face directory or a repository id in the local cache; "" = fresh weights from `config`
+    config    fields of the family's config.json (with `model_type`); needed when `path` is "", and enough for --job=plan
+    """
+
+    path: str = ""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Connector:
+    """See mmjax.models.config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `path` reads published connector
+    weights (a projector-only file or directory); "" = fresh."""
+
+    kind: str = "mlp2x_gelu"
+    hidden_width: int = 0
+    group: int = 1
+    pooled_tokens: int = 1
+    bias: bool = True
+    path: str = ""
+
+
+@dataclasses.dataclass
+class Image:
+    """How a picture becomes pixels for the encoder.
+
+    aspect   "pad" (square with the mean colour, LLaVA-1.5), "crop" (shortest edge, then centre crop), "squash" (ignore aspect)
+    size     side in pixels; 0 = the encoder's own
+    mean, std   empty = the encoder family's own
+    """
+
+    aspect: str = "pad"
+    size: int = 0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass
+class Lora:
+    """A named LoRA adapter; `targets` are globs over Linear paths (a path ends before `/kernel`)."""
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("llm/layers/**",)
+    rank_stabilised: bool = False
+
+
+@dataclasses.dataclass
+class Tokenizer:
+    """path   a directory with tokenizer files; "" = the LLM's own directory, or, where the LLM is fresh, one trained on
+              the text of the recipe's own sources and kept in the workdir
+    kind      of a trained tokenizer: "word" (lower-cased words) or "bpe" (byte-level)
+    """
+
+    path: str = ""
+    kind: str = "bpe"
+    vocab_size: int = 4096
+    min_frequency: int = 1
+
+
+@dataclasses.dataclass
+class Model:
+    """The parts and how they join.
+
+    path            a whole multimodal checkpoint (HF llava layout, LLaVA's original layout, or an mmjax workdir); the parts below are
+                    then read from it and must be left at their defaults
+    template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
+    image_start/end text tokens around each image's tokens, e.g. "<im_start>"; "" = none
+    dtype           of frozen weights; trained weights are kept in float32 (see Stage.param_dtype)
+    """
+
+    path: str = ""
+    llm: Part = dataclasses.field(default_factory=Part)
+    vision: Part = dataclasses.field(default_factory=Part)
+    connector: Connector = dataclasses.field(default_factory=Connector)
+    feature_layers: tuple[int, ...] = (-2,)
+    keep_class_token: bool = False
+    post_norm: bool = False
+    image: Image = dataclasses.field(default_factory=Image)
+    tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
+    template: str = "v1"
+    system: str | None = None
+    image_start: str = ""
+    image_end: str = ""
+    adapters: dict[str, Lora] = dataclasses.field(default_factory=dict)
+    dtype: str = "float32"
+
+
+@dataclasses.dataclass
+class Source:
+    """One data set.
+
+    kind     "llava" (LLaVA conversations, .json/.jsonl, also .gz), "messages" (JSONL of messages), "captions" (JSONL, `image` and a list of
+             captions), "digits" (handwriting scenes drawn from scikit-learn's digits), "digit_facts" (their text-only twin)
+    path     the file; images: a folder, a .tar, or a glob of .tar files
+    weight   share in the mixture relative to the other sources (0 < weight); 0 = proportional to size
+    options  of the kind, e.g. {"split": "train", "task": "caption"}
+    limit    first samples only; 0 = all
+    """
+
+    kind: str = "llava"
+    path: str = ""
+    images: str = ""
+    weight: float = 0.0
+    limit: int = 0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Optimizer:
+    """name: adamw, adafactor, lion, muon or sgd. `decay` globs choose what weight decay touches (leaves of rank < 2 never are)."""
+
+    name: str = "adamw"
+    learning_rate: float = 1e-3
+    schedule: str = "cosine"  # cosine, linear, constant
+    warmup_ratio: float = 0.03
+    warmup_steps: int = 0  # > 0 takes the place of warmup_ratio
+    end_factor: float = 0.0  # final learning rate / peak
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decay: tuple[str, ...] = ("**",)
+    clip_norm: float = 0.0  # 0 = no clipping; the gradient norm over all trainable leaves
+    moment_dtype: str = "float32"
+    multipliers: dict[str, float] = dataclasses.field(default_factory=dict)  # glob -> learning-rate factor; first match wins
+
+
+@dataclasses.dataclass
+class Validation:
+    """During training: the loss on held-out sources every `every` steps; keep the best, stop after `patience` without a gain."""
+
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    every: int = 0
+    batches: int = 8
+    patience: int = 0  # 0 = never stop early
+
+
+@dataclasses.dataclass
+class Stage:
+    """One stage of training.
+
+    objective     "language" (next token at supervised positions) or "classify" (the vision encoder's own head)
+    trainable     globs over parameter paths; each must match something. Everything else is frozen.
+    steps/epochs  one of them > 0
+    rows          rows of a step over all devices and micro-batches; length: tokens of a row
+    packing       several samples in a row, apart by segments; off = one sample a row
+    tiles         image tiles a row may hold
+    accumulate    micro-batches of one step
+    cache_features   run the frozen encoder once over every picture and keep its features on disk
+    """
+
+    objective: str = "language"
+    trainable: tuple[str, ...] = ("connector/**",)
+    sources: dict[str, Source] = dataclasses.field(default_factory=dict)
+    steps: int = 0
+    epochs: float = 0.0
+    rows: int = 8
+    length: int = 256
+    packing: bool = True
+    tiles: int = 1
+    accumulate: int = 1
+    template: str = ""  # "" = the model's
+    optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)
+    validation: Validation = dataclasses.field(default_factory=Validation)
+    cache_features: bool = False
+    augment: tuple[str, ...] = ()
+    label_smoothing: float = 0.0
+    dtype: str = "float32"  # of activations
+    param_dtype: str = "float32"  # of trained weights
+    remat: str = "none"  # none, dots, full
+    attention: str = "auto"
+    unroll: int = 1
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Held-out questions answered by generation and scored.
+
+    metrics   "accuracy" (exact match after normalisation), "bleu", "cider"; blind: also score with images shuffled and withheld
+    """
+
+    source: Source = dataclasses.field(default_factory=Source)
+    metrics: tuple[str, ...] = ("accuracy",)
+    blind: bool = False
+    max_new_tokens: int = 32
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    batch: int = 64
+    limit: int = 0
+    samples: int = 8  # answers drawn into the picture
+    report_apart: tuple[str, ...] = ()  # kinds of question left out of the total and reported on their own
+
+
+@dataclasses.dataclass
+class Mesh:
+    """Sizes of the mesh axes; one may be -1 (whatever is left of the devices)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    expert: int = 1
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    every: int = 500  # steps; a stage's last step is always saved
+    keep: int = 3
+    keep_best: int = 1
+    asynchronous: bool = True
+
+
+@dataclasses.dataclass
+class Loader:
+    workers: int = 0  # decoding processes; 0 = threads of this process
+    threads: int = 2
+    prefetch: int = 4  # batches
+    max_broken: float = 0.05  # share of samples that may be unreadable before the run stops
+
+
+@dataclasses.dataclass
+class Logging:
+    every: int = 10
+    tensorboard: bool = True
+    profile_step: int = 0  # > 0: trace `profile_steps` steps from this one
+    profile_steps: int = 3
+
+
+@dataclasses.dataclass
+class Generate:
+    """For --job=generate and chat: `input` is a JSONL of messages, `output` where the answers go; or one `prompt` with `image`."""
+
+    input: str = ""
+    output: str = ""
+    prompt: str = ""
+    image: str = ""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    batch: int = 8
+
+
+@dataclasses.dataclass
+class Export:
+    """For --job=export: path "" = WORKDIR/export. format "hf" (llava layout), "original" (LLaVA's), "peft" (adapters alone)."""
+
+    path: str = ""
+    format: str = "hf"
+    merge_adapters: bool = True
+    dtype: str = ""  # "" = as held
+    after_training: bool = False
+
+
+@dataclasses.dataclass
+class Recipe:
+    """A recipe names the parts, how they join, and the stages in which they are trained."""
+
+    name: str = ""
+    seed: int = 0
+    model: Model = dataclasses.field(default_factory=Model)
+    stages: dict[str, Stage] = dataclasses.field(default_factory=dict)
+    run: tuple[str, ...] = ()  # the stages to run, in order
+    evaluations: dict[str, Evaluation] = dataclasses.field(default_factory=dict)
+    mesh: Mesh = dataclasses.field(default_factory=Mesh)
+    checkpoint: Checkpoint = dataclasses.field(default_factory=Checkpoint)
+    loader: Loader = dataclasses.field(default_factory=Loader)
+    logging: Logging = dataclasses.field(default_factory=Logging)
+    generate: Generate = dataclasses.field(default_factory=Generate)
+    export: Export = dataclasses.field(default_factory=Export)

@@ -1,0 +1,232 @@
+"""The shapes of the parts: what a decoder, an encoder, a connector and their union are, as frozen dataclasses.
+
+Everything here is static (hashable) and free of arrays, so that any of it can be a static argument of `jax.jit`.
+Foreign configuration files are translated to these by `mmjax.families`; recipes never build them by hand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal, Union
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding (arXiv 2104.09864) and its published context extensions."""
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """One pre-norm transformer block: attention and MLP, each behind a norm and a residual."""
+
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    activation: Activation
+    norm: Literal["rms", "layer"]
+    norm_eps: float
+    gated_mlp: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    rope: Rope | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder-only language model.
+
+    `windows` is the layer pattern: layer i attends within `windows[i % len(windows)]` positions, itself included
+    (0 = no limit). Layers are stacked on axis 0 and scanned in groups of one period.
+    """
+
+    vocab_size: int
+    layers: int
+    block: BlockConfig
+    max_positions: int
+    windows: tuple[int, ...] = (0,)
+    tied_head: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """Which of an encoder's states a connector reads (one for each published system; a wrong one is silent).
+
+    `layer` counts as transformers' hidden_states do: 0 is the embedding output, -1 the output of the last block,
+    -2 the input of the last block. Several layers are concatenated on channels.
+    """
+
+    layers: tuple[int, ...] = (-1,)
+    keep_class_token: bool = False
+    post_norm: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A vision transformer: CLIP and SigLIP are settings of it."""
+
+    image_size: int
+    patch_size: int
+    layers: int
+    block: BlockConfig
+    channels: int = 3
+    class_token: bool = False
+    patch_bias: bool = True
+    pre_norm: bool = False
+    post_norm: bool = True
+    pooling: Literal["none", "class_token", "attention", "mean"] = "none"
+    projection: int = 0  # width of the bias-free projection of the pooled state; 0 = none
+    classes: int = 0  # width of the classification head over the pooled state; 0 = none
+
+    @property
+    def positions(self) -> int:
+        """Number of patch positions, without the class token."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def feature_width(self) -> int:
+        return self.block.width
+
+
+@dataclasses.dataclass(frozen=True)
+class MobileNetV2Config:
+    """MobileNetV2 (arXiv 1801.04381) as transformers lays it out; batch norms are folded into the convolutions."""
+
+    image_size: int = 224
+    depth_multiplier: float = 1.0
+    depth_divisible_by: int = 8
+    min_depth: int = 8
+    expand_ratio: float = 6.0
+    output_stride: int = 32
+    first_layer_is_expansion: bool = True
+    finegrained_output: bool = True
+    tf_padding: bool = True
+    activation: str = "relu6"
+    norm_eps: float = 0.001
+    channels: int = 3
+    classes: int = 0
+
+    @property
+    def positions(self) -> int:
+        return (-(-self.image_size // self.output_stride)) ** 2
+
+    @property
+    def feature_width(self) -> int:
+        width = 1280 * (self.depth_multiplier if not self.finegrained_output or self.depth_multiplier >= 1 else 1)
+        return _divisible(width, self.depth_divisible_by, self.min_depth)
+
+
+def _divisible(value: float, divisor: int, minimum: int) -> int:
+    """Channels rounded to a multiple of `divisor`, never more than 10 % down (the rule of the MobileNet papers)."""
+    rounded = max(minimum, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTowerConfig:
+    """The text half of a two-tower (CLIP, SigLIP) model."""
+
+    vocab_size: int
+    layers: int
+    block: BlockConfig
+    max_positions: int
+    causal: bool
+    pooling: Literal["last", "end_of_text"]
+    projection: int
+    projection_bias: bool
+    end_of_text: int = -1
+
+
+EncoderConfig = Union[ViTConfig, MobileNetV2Config]
+
+
+@dataclasses.dataclass(frozen=True)
+class ConnectorConfig:
+    """From encoder features [items, positions, in_width] to LLM tokens [items, tokens, out_width].
+
+    kind:
+      linear      one Linear on each position ("per-patch linear")
+      mlp         `depth` Linears with the activation between them (LLaVA-1.5's mlp2x_gelu is depth 2)
+      pooled_mlp  mean over positions, then an MLP whose last Linear makes `tokens` LLM tokens at once (doubutsu's first)
+      concat      `group` neighbouring positions concatenated on channels, then an MLP of `depth` (MiniGPT-4, doubutsu's second)
+      identity    nothing
+    """
+
+    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "identity"]
+    in_width: int
+    out_width: int
+    positions: int
+    depth: int = 2
+    hidden_width: int = 0  # 0 = out_width
+    activation: Activation = "gelu"
+    bias: bool = True
+    group: int = 1
+    pooled_tokens: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """LLM tokens for one image tile."""
+        if self.kind == "pooled_mlp":
+            return self.pooled_tokens
+        if self.kind == "concat":
+            return self.positions // self.group
+        return self.positions
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """One named low-rank adapter (arXiv 2106.09685) on every Linear whose path matches one of `targets`.
+
+    The change of a weight is lora_a @ lora_b * alpha / rank (alpha / sqrt(rank) with `rank_stabilised`, arXiv 2312.03732).
+    """
+
+    name: str
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    dropout: float = 0.0
+    rank_stabilised: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The union: any of the parts may be absent (a text LLM has no vision; a vision tower has no LLM)."""
+
+    llm: DecoderConfig | None = None
+    vision: EncoderConfig | None = None
+    text: TextTowerConfig | None = None  # the text half of a two-tower model
+    connector: ConnectorConfig | None = None
+    features: FeatureSpec = FeatureSpec()
+    adapters: tuple[LoraConfig, ...] = ()
+    logit_bias: bool = False  # SigLIP's two-tower logits carry a bias beside the scale
+    image_mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels scaled to [0, 1]
+    image_std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return self.connector.tokens if self.connector else 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How to run, never what to compute: results agree across these settings to rounding."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    unroll: int = 1  # layers of the scan unrolled into one loop body
