@@ -1,0 +1,34 @@
+"""Eight simulated CPU devices for every test, and the places of data that is not part of the project."""
+
+import os
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def _shared(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.exists():
+        pytest.skip(f"needs the reference {name}, which are not part of the project ({folder} is absent)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The folder of reference weights, inputs and outputs."""
+    return _shared("goldens")
+
+
+@pytest.fixture(scope="session")
+def data_kit() -> Path:
+    """The folder of real data."""
+    return _shared("data")
