@@ -14,9 +14,13 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864) and its published context extensions."""
+    """Rotary position embedding (arXiv 2104.09864) and its published context extensions.
+
+    `fraction` of each head's channels is rotated, the rest passes through (phi, GPT-NeoX).
+    """
 
     theta: float = 10000.0
+    fraction: float = 1.0
     kind: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
     low_frequency_factor: float = 1.0
@@ -26,7 +30,10 @@ class Rope:
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """One pre-norm transformer block: attention and MLP, each behind a norm and a residual."""
+    """One pre-norm transformer block: attention and MLP, each behind a norm and a residual.
+
+    `parallel` blocks have one norm, read by both (phi): x + attention(n(x)) + mlp(n(x)).
+    """
 
     width: int
     heads: int
@@ -41,6 +48,7 @@ class BlockConfig:
     output_bias: bool
     mlp_bias: bool
     rope: Rope | None = None
+    parallel: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +65,7 @@ class DecoderConfig:
     max_positions: int
     windows: tuple[int, ...] = (0,)
     tied_head: bool = False
+    head_bias: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,10 +169,11 @@ class ConnectorConfig:
       mlp         `depth` Linears with the activation between them (LLaVA-1.5's mlp2x_gelu is depth 2)
       pooled_mlp  mean over positions, then an MLP whose last Linear makes `tokens` LLM tokens at once (doubutsu's first)
       concat      `group` neighbouring positions concatenated on channels, then an MLP of `depth` (MiniGPT-4, doubutsu's second)
+      residual_mlp  MLP, layer norm, then x + MLP(x), both through `hidden_width` (moondream 1)
       identity    nothing
     """
 
-    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "identity"]
+    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "residual_mlp", "identity"]
     in_width: int
     out_width: int
     positions: int

@@ -1,0 +1,110 @@
+"""The smallest parts: linear (with its adapter port), norm, MLP, activations. Each exists once."""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.config import Activation, LoraConfig
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+fan_in_normal = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
+
+
+def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+    """U(-1/sqrt(in), 1/sqrt(in)): what torch gives a Linear's weight, and what the published connectors start from."""
+    bound = shape[0] ** -0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+@jax.checkpoint
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] @ kernel [in, out] in x's dtype.
+
+    Checkpointed so that the cast of a stored (bfloat16, say) kernel is made again in the backward pass: kept instead, the
+    casts of all scanned layers would stand in memory at once. The product itself is never made twice.
+    """
+    return x @ kernel.astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """[..., in] -> [..., features]. Adapter leaves found beside the kernel change its output; see mmjax.models.adapters."""
+
+    features: int
+    use_bias: bool = True
+    adapters: tuple[LoraConfig, ...] = ()
+    deterministic: bool = True
+    kernel_init: Callable = fan_in_normal
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        y = matmul(x, kernel)
+        if self.use_bias:
+            y = y + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)
+        if self.has_variable("params", "adapters"):
+            leaves = self.get_variable("params", "adapters")
+            for adapter in self.adapters:
+                if adapter.name in leaves:
+                    y = y + self._low_rank(x, leaves[adapter.name], adapter)
+        return y
+
+    def _low_rank(self, x: jax.Array, leaf: dict[str, jax.Array], adapter: LoraConfig) -> jax.Array:
+        if adapter.dropout and not self.deterministic:
+            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - adapter.dropout, x.shape)
+            x = jnp.where(keep, x / (1 - adapter.dropout), 0)
+        return matmul(matmul(x, leaf["lora_a"]), leaf["lora_b"]) * jnp.asarray(adapter.scale, x.dtype)
+
+
+class Norm(nn.Module):
+    """RMS norm (arXiv 1910.07467) or layer norm with bias over the last axis, computed in float32."""
+
+    kind: str
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
+        y = y * self.param("scale", nn.initializers.ones, (width,)).astype(jnp.float32)
+        if self.kind == "layer":
+            y = y + self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated."""
+
+    hidden: int
+    out: int
+    activation: Activation
+    gated: bool
+    use_bias: bool
+    adapters: tuple[LoraConfig, ...] = ()
+    deterministic: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def linear(name: str, width: int) -> Linear:
+            return Linear(width, self.use_bias, self.adapters, self.deterministic, name=name)
+
+        act = ACTIVATIONS[self.activation]
+        if self.gated:
+            h = act(linear("gate", self.hidden)(x)) * linear("up", self.hidden)(x)
+        else:
+            h = act(linear("up", self.hidden)(x))
+        return linear("down", self.out)(h)
