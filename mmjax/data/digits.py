@@ -1,0 +1,158 @@
+"""Real handwriting on small scenes, with questions that need the picture: data that every installation already has.
+
+The 1,797 handwritten digits of 8x8 pixels that ship inside scikit-learn (UCI Optical Recognition of Handwritten Digits,
+CC BY 4.0) are split by picture into train and held out. A scene shows one to four of them in the quarters of a
+32x32 canvas; questions, answers and descriptions are made from it. Scene i of a data set depends on (seed, split, i) alone.
+
+    DigitScenes(split="held_out", task="questions", size=600)[5]    -> a Sample with one question about scene 5
+
+The answers are balanced so that guessing without the picture stays weak: counts and digits are uniform, "is there a 7?" is
+yes half of the time whatever the digit.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+from mmjax.data.messages import Sample
+from mmjax.errors import UserError
+
+CANVAS = 32  # pixels of a side
+QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # reading order
+KINDS = ("position", "count", "contains", "largest", "sum", "order")
+SPLITS = {"train": 1500, "held_out": 297}  # pictures of handwriting
+TASKS = ("questions", "caption", "single", "facts")
+
+
+class DigitScenes:
+    """A data set of `size` samples.
+
+    split   "train" or "held_out": whose handwriting is shown; train also draws it slightly turned and stretched
+    task    "questions"  one question about a scene, the kinds in turn
+            "caption"    the scene described: "top left 3, bottom right 7"
+            "single"     one digit somewhere on the canvas; its class is the answer, an entry of `classes`
+            "facts"      the text-only twin: a scene in words, followed by a question or by the request to describe it
+    kinds   which questions are asked (all of KINDS)
+    """
+
+    classes = tuple("0123456789")  # of the task "single"
+
+    def __init__(
+        self,
+        split: str = "train",
+        task: str = "questions",
+        size: int = 6000,
+        seed: int = 0,
+        kinds: tuple[str, ...] = KINDS,
+    ):
+        for value, known, what in ((split, SPLITS, "split"), (task, TASKS, "task")):
+            if value not in known:
+                raise UserError(f"digits: unknown {what} {value!r}; there are {', '.join(known)}")
+        if unknown := [kind for kind in kinds if kind not in KINDS]:
+            raise UserError(f"digits: unknown kind of question {unknown[0]!r}; there are {', '.join(KINDS)}")
+        if size < 1:
+            raise UserError(f"digits: size must be at least 1, not {size}")
+        self.split, self.task, self.size, self.seed, self.kinds = split, task, size, seed, tuple(kinds)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.size:
+            raise IndexError(index)
+        rng, scene = self._scene(index)
+        words = describe(scene)
+        picture = {"type": "image", "path": f"{self.split}-{index:06d}.png"}
+        if self.task == "single":
+            kind, question, answer = "single", "Which digit is this?", str(next(iter(scene.values())))
+        elif self.task == "caption":
+            kind, question, answer = "caption", "Describe the digits.", words
+        else:
+            kinds = self.kinds + ("caption",) if self.task == "facts" else self.kinds
+            kind = kinds[index % len(kinds)]
+            question, answer = ask(kind, scene, rng)
+        if self.task == "facts":
+            content = [{"type": "text", "text": f"{words}. {question}"}]
+        else:
+            content = [picture, {"type": "text", "text": question}]
+        messages = [
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        return Sample(f"{self.task}-{self.split}-{self.seed}-{index:06d}", messages, kind, (answer,))
+
+    def image(self, name: str) -> Image.Image:
+        """The picture of a sample, by the name its image part carries. RGB, 32x32."""
+        split, _, index = name.removesuffix(".png").rpartition("-")
+        if split != self.split or not index.isdigit() or int(index) >= self.size:
+            raise KeyError(f"digits: no picture named {name!r} in the {self.split} split of {self.size} scenes")
+        rng, scene = self._scene(int(index))
+        rng.random(8)  # so that what a question draws and how the picture is drawn are apart
+        return draw(scene, self.split, rng)
+
+    def _scene(self, index: int) -> tuple[np.random.Generator, dict[int, int]]:
+        """A fresh generator for scene `index` and the digit in each occupied quarter, in reading order."""
+        rng = np.random.default_rng((self.seed, TASKS.index(self.task), list(SPLITS).index(self.split), index))
+        count = 1 if self.task == "single" else int(rng.integers(1, 5))
+        quarters = sorted(rng.permutation(4)[:count].tolist())
+        return rng, {quarter: int(rng.integers(10)) for quarter in quarters}
+
+
+def describe(scene: dict[int, int]) -> str:
+    """A scene in words: {0: 3, 3: 7} is "top left 3, bottom right 7"."""
+    return ", ".join(f"{QUARTERS[quarter]} {digit}" for quarter, digit in scene.items())
+
+
+def ask(kind: str, scene: dict[int, int], rng: np.random.Generator) -> tuple[str, str]:
+    """A question of this kind about the scene, and its answer."""
+    digits = list(scene.values())
+    if kind == "position":
+        quarter = list(scene)[int(rng.integers(len(scene)))]
+        return f"Which digit is at the {QUARTERS[quarter]}?", str(scene[quarter])
+    if kind == "contains":
+        present = bool(rng.integers(2))
+        choices = sorted(set(digits)) if present else sorted(set(range(10)) - set(digits))
+        return f"Is there a {choices[int(rng.integers(len(choices)))]}?", "yes" if present else "no"
+    return {
+        "count": ("How many digits are there?", str(len(digits))),
+        "largest": ("What is the largest digit?", str(max(digits))),
+        "sum": ("What is the sum of the digits?", str(sum(digits))),
+        "order": ("Read the digits in order.", " ".join(map(str, digits))),
+        "caption": ("Describe the digits.", describe(scene)),
+    }[kind]
+
+
+def draw(scene: dict[int, int], split: str, rng: np.random.Generator) -> Image.Image:
+    """The scene in this split's handwriting: every digit about 14 pixels high, anywhere within its quarter."""
+    canvas = np.zeros((CANVAS, CANVAS), np.uint8)
+    half = CANVAS // 2
+    for quarter, digit in scene.items():
+        pictures = _handwriting(split)[digit]
+        picture = Image.fromarray(pictures[int(rng.integers(len(pictures)))])
+        height, width = (int(side) for side in rng.integers(12, 16, 2)) if split == "train" else (14, 14)
+        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        if split == "train":
+            shear, angle = rng.uniform(-0.15, 0.15), rng.uniform(-8, 8)
+            centre = height / 2
+            picture = picture.transform(
+                picture.size, Image.Transform.AFFINE, (1, shear, -shear * centre, 0, 1, 0), Image.Resampling.BILINEAR
+            ).rotate(angle, Image.Resampling.BILINEAR)
+        top = half * (quarter // 2) + int(rng.integers(half - height + 1))
+        left = half * (quarter % 2) + int(rng.integers(half - width + 1))
+        canvas[top : top + height, left : left + width] = np.asarray(picture)
+    return Image.fromarray(canvas).convert("RGB")
+
+
+@functools.lru_cache(maxsize=None)
+def _handwriting(split: str) -> dict[int, np.ndarray]:
+    """This split's pictures of each digit, uint8 [pictures, 8, 8]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pictures = np.round(data.images * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(1797).permutation(len(pictures))
+    chosen = order[: SPLITS["train"]] if split == "train" else order[SPLITS["train"] :]
+    return {digit: pictures[chosen[data.target[chosen] == digit]] for digit in range(10)}
