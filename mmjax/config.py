@@ -8,7 +8,57 @@ into a validated `Recipe`. Nothing downstream reads a ConfigDict.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import json
+from pathlib import Path
+from typing import Any, Literal, Mapping
+
+from ml_collections import ConfigDict, config_dict
+
+from mmjax import config_checks
+from mmjax.config_parsing import parse, to_dict
+from mmjax.config_parsing import parse_arguments as parse_arguments  # for the files in configs/
+from mmjax.errors import UserError
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+def to_config_dict(recipe: Recipe) -> ConfigDict:
+    """Every field of the recipe, by dotted key, for the command line to override."""
+    return _config_dict(to_dict(recipe))
+
+
+def from_config_dict(values: Mapping[str, Any]) -> Recipe:
+    """The validated recipe. Raises UserError with every problem found, one a line, each naming its key."""
+    nested = values.to_dict() if isinstance(values, ConfigDict) else values
+    recipe, problems = parse(Recipe, nested)
+    if not problems:  # what the values mean is only asked once they are of the right kind
+        problems = config_checks.problems(recipe)
+    if problems:
+        raise UserError("The recipe cannot be run:\n" + "\n".join(f"  {problem}" for problem in problems))
+    return recipe
+
+
+def write_recipe(recipe: Recipe, workdir: str | Path) -> None:
+    """WORKDIR/recipe.json: the fully expanded recipe, one field a line."""
+    (Path(workdir) / "recipe.json").write_text(json.dumps(to_dict(recipe), indent=1) + "\n")
+
+
+def read_recipe(workdir: str | Path) -> Recipe:
+    """What `write_recipe` left. Raises UserError where the file is absent or holds no recipe."""
+    path = Path(workdir) / "recipe.json"
+    try:
+        return from_config_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; has a training run been made in this workdir?") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}.") from None
+
+
+def _config_dict(values: Any) -> Any:
+    """None becomes a placeholder, so that a string may take its place."""
+    if isinstance(values, dict):
+        return ConfigDict({key: _config_dict(value) for key, value in values.items()})
+    return config_dict.placeholder(str) if values is None else values
 
 
 @dataclasses.dataclass
@@ -16,7 +66,8 @@ class Part:
     """An encoder or an LLM: a directory with published weights, or a shape to initialise afresh.
 
     path      a Hugging Face directory or a repository id in the local cache; "" = fresh weights from `config`
-    config    fields of the family's config.json (with `model_type`); needed when `path` is "", and enough for --job=plan
+    config    fields of the family's config.json (with `model_type`); needed when `path` is "", and enough for --job=plan where
+              `path` is not on this machine (where it is, its own config.json counts)
     """
 
     path: str = ""
@@ -45,7 +96,7 @@ class Image:
     mean, std   empty = the encoder family's own
     """
 
-    aspect: str = "pad"
+    aspect: Literal["pad", "crop", "squash"] = "pad"
     size: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -70,7 +121,7 @@ class Tokenizer:
     """
 
     path: str = ""
-    kind: str = "bpe"
+    kind: Literal["word", "bpe"] = "bpe"
     vocab_size: int = 4096
     min_frequency: int = 1
 
@@ -100,7 +151,7 @@ class Model:
     image_start: str = ""
     image_end: str = ""
     adapters: dict[str, Lora] = dataclasses.field(default_factory=dict)
-    dtype: str = "float32"
+    dtype: DType = "float32"
 
 
 @dataclasses.dataclass
@@ -115,7 +166,7 @@ class Source:
     limit    first samples only; 0 = all
     """
 
-    kind: str = "llava"
+    kind: Literal["llava", "messages", "captions", "digits", "digit_facts"] = "llava"
     path: str = ""
     images: str = ""
     weight: float = 0.0
@@ -125,11 +176,11 @@ class Source:
 
 @dataclasses.dataclass
 class Optimizer:
-    """name: adamw, adafactor, lion, muon or sgd. `decay` globs choose what weight decay touches (leaves of rank < 2 never are)."""
+    """`decay` globs choose what weight decay touches (leaves of rank < 2 never are)."""
 
-    name: str = "adamw"
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = "adamw"
     learning_rate: float = 1e-3
-    schedule: str = "cosine"  # cosine, linear, constant
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     warmup_steps: int = 0  # > 0 takes the place of warmup_ratio
     end_factor: float = 0.0  # final learning rate / peak
@@ -139,7 +190,7 @@ class Optimizer:
     weight_decay: float = 0.0
     decay: tuple[str, ...] = ("**",)
     clip_norm: float = 0.0  # 0 = no clipping; the gradient norm over all trainable leaves
-    moment_dtype: str = "float32"
+    moment_dtype: DType = "float32"
     multipliers: dict[str, float] = dataclasses.field(default_factory=dict)  # glob -> learning-rate factor; first match wins
 
 
@@ -167,7 +218,7 @@ class Stage:
     cache_features   run the frozen encoder once over every picture and keep its features on disk
     """
 
-    objective: str = "language"
+    objective: Literal["language", "classify"] = "language"
     trainable: tuple[str, ...] = ("connector/**",)
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     steps: int = 0
@@ -183,10 +234,10 @@ class Stage:
     cache_features: bool = False
     augment: tuple[str, ...] = ()
     label_smoothing: float = 0.0
-    dtype: str = "float32"  # of activations
-    param_dtype: str = "float32"  # of trained weights
-    remat: str = "none"  # none, dots, full
-    attention: str = "auto"
+    dtype: DType = "float32"  # of activations
+    param_dtype: DType = "float32"  # of trained weights
+    remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
     unroll: int = 1
 
 
@@ -198,7 +249,7 @@ class Evaluation:
     """
 
     source: Source = dataclasses.field(default_factory=Source)
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[Literal["accuracy", "bleu", "cider"], ...] = ("accuracy",)
     blind: bool = False
     max_new_tokens: int = 32
     num_beams: int = 1
@@ -264,9 +315,9 @@ class Export:
     """For --job=export: path "" = WORKDIR/export. format "hf" (llava layout), "original" (LLaVA's), "peft" (adapters alone)."""
 
     path: str = ""
-    format: str = "hf"
+    format: Literal["hf", "original", "peft"] = "hf"
     merge_adapters: bool = True
-    dtype: str = ""  # "" = as held
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # "" = as held
     after_training: bool = False
 
 

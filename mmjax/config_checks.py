@@ -1,0 +1,173 @@
+"""What is wrong with a recipe whose every field is of the right type: values out of range, names that name nothing, files
+that are not there. Cheap, so that it is said before anything is loaded or compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Iterator
+
+from mmjax.config_parsing import nearest
+
+if TYPE_CHECKING:
+    from mmjax.config import Model, Part, Recipe, Source, Stage
+
+CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "identity")
+
+# Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
+_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank"), (1, math.inf)),
+    **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
+    **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "warmup_steps", "hidden_width"), (0, math.inf)),
+    **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
+    **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "profile_step"), (0, math.inf)),
+    **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
+    **dict.fromkeys(("max_broken", "top_p"), (0, 1)),
+    "learning_rate": (1e-12, math.inf),
+    "eps": (0, 1),
+}
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Everything about the recipe that cannot be meant, each line naming its key."""
+    return [
+        *_out_of_range(recipe, ""),
+        *_model(recipe.model),
+        *_run(recipe),
+        *(line for name, stage in recipe.stages.items() for line in _stage(f"stages.{name}", stage)),
+        *(
+            line
+            for name, evaluation in recipe.evaluations.items()
+            for line in _source(f"evaluations.{name}.source", evaluation.source)
+        ),
+        *_mesh(recipe),
+    ]
+
+
+def missing_files(recipe: Recipe, job: str) -> list[str]:
+    """The files `job` will read that are not there, each line naming its key. --job=plan reads none."""
+    wanted: dict[str, str] = {}
+    if job in ("train", "evaluate", "generate", "chat", "export"):
+        wanted = {"model.path": recipe.model.path, "model.connector.path": recipe.model.connector.path}
+        wanted |= {"model.tokenizer.path": recipe.model.tokenizer.path}
+    if job == "train":
+        for name in recipe.run:
+            stage = recipe.stages[name]
+            wanted |= _files(f"stages.{name}.sources", stage.sources)
+            wanted |= _files(f"stages.{name}.validation.sources", stage.validation.sources)
+    if job in ("train", "evaluate"):
+        for name, evaluation in recipe.evaluations.items():
+            wanted |= _files(f"evaluations.{name}", {"source": evaluation.source})
+    if job in ("generate", "chat"):
+        wanted |= {"generate.input": recipe.generate.input, "generate.image": recipe.generate.image}
+    return [
+        f"{key} is {value!r}, which does not exist. Give it on the command line: --config.{key}=PATH"
+        for key, value in wanted.items()
+        if value and not _exists(value)
+    ]
+
+
+def _files(prefix: str, sources: dict[str, Source]) -> dict[str, str]:
+    return {
+        f"{prefix}.{name}.{field}": getattr(source, field)
+        for name, source in sources.items()
+        for field in ("path", "images")
+    }
+
+
+def _exists(path: str) -> bool:
+    # OWNER/NAME may be a repository in the local cache: whoever loads it says whether it is
+    return Path(path).exists() or bool(glob.glob(path)) or re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+
+
+def _out_of_range(value: Any, path: str) -> Iterator[str]:
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            below = getattr(value, field.name)
+            key = f"{path}.{field.name}" if path else field.name
+            if field.name in _RANGES and isinstance(below, (int, float)):
+                low, high = _RANGES[field.name]
+                if not low <= below <= high:
+                    bound = f"between {low:g} and {high:g}" if high < math.inf else f"at least {low:g}"
+                    yield f"{key} is {below}; it must be {bound}."
+            yield from _out_of_range(below, key)
+    elif isinstance(value, dict):
+        for name, below in value.items():
+            if dataclasses.is_dataclass(below):
+                yield from _out_of_range(below, f"{path}.{name}")
+
+
+def _model(model: Model) -> Iterator[str]:
+    parts = {"llm": model.llm, "vision": model.vision}
+    if model.path:
+        for name, part in parts.items():
+            if part.path or part.config:
+                yield (
+                    f"model.{name} is given beside model.path={model.path!r}, which brings its own parts; "
+                    f"leave out one of the two."
+                )
+    elif not any(part.path or part.config for part in parts.values()):
+        yield "model names no parts: give model.path, or model.llm and model.vision (a path, or a config of shapes)."
+    for name, part in parts.items():
+        yield from _part(f"model.{name}", part)
+    kind = model.connector.kind
+    if kind not in CONNECTORS and not re.fullmatch(r"mlp[1-9]\d*x_gelu", kind):
+        yield f"model.connector.kind is {kind!r}; it must be one of {', '.join(CONNECTORS)}, or mlpNx_gelu."
+    if not model.feature_layers:
+        yield "model.feature_layers is empty: which of the encoder's hidden states does the connector read? (-2: the last but one)"
+    for name, adapter in model.adapters.items():
+        if not re.fullmatch(r"\w+", name):
+            yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."
+        if not adapter.targets:
+            yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
+
+
+def _part(key: str, part: Part) -> Iterator[str]:
+    if part.config and "model_type" not in part.config:
+        yield f"{key}.config has no model_type, which says the family (llama, clip_vision_model, ...)."
+
+
+def _run(recipe: Recipe) -> Iterator[str]:
+    for name in recipe.run:
+        if name not in recipe.stages:
+            stages = ", ".join(recipe.stages) or "none"
+            near = f" Did you mean {nearest(name, recipe.stages)!r}?" if recipe.stages else ""
+            yield f"run names a stage {name!r} that does not exist (stages: {stages}).{near}"
+    for name in {name for name in recipe.run if recipe.run.count(name) > 1}:
+        yield f"run names stage {name!r} twice; a stage's checkpoints bear its name, so give the second run its own stage."
+
+
+def _stage(key: str, stage: Stage) -> Iterator[str]:
+    if (stage.steps > 0) == (stage.epochs > 0):
+        yield f"{key}: give either steps or epochs (steps={stage.steps}, epochs={stage.epochs:g})."
+    if not stage.trainable:
+        yield f"{key}.trainable is empty: nothing would be trained."
+    if not stage.sources:
+        yield f"{key}.sources is empty: the stage has no data."
+    if stage.accumulate > 0 and stage.rows % stage.accumulate:
+        yield f"{key}.rows is {stage.rows}, which {key}.accumulate={stage.accumulate} micro-batches do not divide."
+    if stage.validation.every and not stage.validation.sources:
+        yield f"{key}.validation.every is {stage.validation.every} but {key}.validation.sources is empty."
+    if stage.validation.patience and not stage.validation.every:
+        yield f"{key}.validation.patience is {stage.validation.patience} but {key}.validation.every is 0: nothing is validated."
+    for name, source in stage.sources.items():
+        yield from _source(f"{key}.sources.{name}", source)
+    for name, source in stage.validation.sources.items():
+        yield from _source(f"{key}.validation.sources.{name}", source)
+
+
+def _source(key: str, source: Source) -> Iterator[str]:
+    if source.kind in ("llava", "messages", "captions") and not source.path:
+        yield f"{key}.path is empty: a source of kind {source.kind!r} is read from a file."
+
+
+def _mesh(recipe: Recipe) -> Iterator[str]:
+    sizes = dataclasses.asdict(recipe.mesh)
+    if list(sizes.values()).count(-1) > 1:
+        yield "mesh: only one axis may be -1 (whatever is left of the devices)."
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            yield f"mesh.{axis} is {size}; it must be at least 1, or -1 for whatever is left of the devices."
