@@ -126,17 +126,20 @@ class MobileNetV2Config:
     channels: int = 3
     classes: int = 0
 
+    def scaled(self, channels: int) -> int:
+        """Channels of a layer under the depth multiplier."""
+        return divisible(round(channels * self.depth_multiplier), self.depth_divisible_by, self.min_depth)
+
     @property
     def positions(self) -> int:
         return (-(-self.image_size // self.output_stride)) ** 2
 
     @property
     def feature_width(self) -> int:
-        width = 1280 * (self.depth_multiplier if not self.finegrained_output or self.depth_multiplier >= 1 else 1)
-        return _divisible(width, self.depth_divisible_by, self.min_depth)
+        return 1280 if self.finegrained_output and self.depth_multiplier < 1 else self.scaled(1280)
 
 
-def _divisible(value: float, divisor: int, minimum: int) -> int:
+def divisible(value: int, divisor: int, minimum: int) -> int:
     """Channels rounded to a multiple of `divisor`, never more than 10 % down (the rule of the MobileNet papers)."""
     rounded = max(minimum, int(value + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * value else rounded

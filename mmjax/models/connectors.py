@@ -1,0 +1,80 @@
+"""Connectors: encoder features [..., positions, in_width] -> LLM tokens [..., tokens, out_width]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.models.config import ConnectorConfig
+from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, fan_in_uniform
+
+Params = dict[str, Any]
+
+
+def init(key: jax.Array, config: ConnectorConfig) -> Params:
+    """Fresh parameters as the published connectors have them: weights and biases U(-1/sqrt(in), 1/sqrt(in)).
+
+    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`.
+    """
+    if config.kind == "residual_mlp":
+        keys = jax.random.split(key, 2)
+        wide, narrow = jnp.zeros((1, config.in_width)), jnp.zeros((1, config.out_width))
+        return {
+            "first": _mlp(config).init(keys[0], wide)["params"],
+            "norm": Norm("layer", 1e-5).init(keys[0], narrow)["params"],
+            "second": _mlp(config).init(keys[1], narrow)["params"],
+        }
+    params = {}
+    for i, (inputs, outputs) in enumerate(widths(config)):
+        kernel, bias = jax.random.split(jax.random.fold_in(key, i))
+        params[f"layers_{i}"] = {"kernel": fan_in_uniform(kernel, (inputs, outputs))}
+        if config.bias:
+            bound = inputs**-0.5
+            params[f"layers_{i}"]["bias"] = jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound)
+    return params
+
+
+def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapters=()) -> jax.Array:
+    """Features [..., positions, in_width] -> [..., tokens, out_width].
+
+    Raises ValueError when the features have another number of positions or width than the connector was made for.
+    """
+    if features.shape[-2:] != (config.positions, config.in_width):
+        raise ValueError(
+            f"the connector was made for features of {config.positions} positions x {config.in_width} channels, "
+            f"the encoder gives {features.shape[-2]} x {features.shape[-1]}"
+        )
+    x = features
+    if config.kind == "residual_mlp":
+        x = _mlp(config, adapters).apply({"params": params["first"]}, x)
+        x = Norm("layer", 1e-5).apply({"params": params["norm"]}, x)
+        return x + _mlp(config, adapters).apply({"params": params["second"]}, x)
+    if config.kind == "pooled_mlp":
+        x = x.mean(-2)
+    if config.kind == "concat":
+        x = x[..., : config.tokens * config.group, :]
+        x = x.reshape(*x.shape[:-2], config.tokens, config.group * config.in_width)
+    layers = widths(config)
+    for i, (_, outputs) in enumerate(layers):
+        x = Linear(outputs, config.bias, adapters).apply({"params": params[f"layers_{i}"]}, x)
+        if i + 1 < len(layers):
+            x = ACTIVATIONS[config.activation](x)
+    if config.kind == "pooled_mlp":
+        x = x.reshape(*x.shape[:-1], config.pooled_tokens, config.out_width)
+    return x
+
+
+def widths(config: ConnectorConfig) -> list[tuple[int, int]]:
+    """(in, out) of each Linear in the order in which they run."""
+    inputs = config.in_width * (config.group if config.kind == "concat" else 1)
+    outputs = config.out_width * (config.pooled_tokens if config.kind == "pooled_mlp" else 1)
+    depth = {"identity": 0, "linear": 1}.get(config.kind, config.depth)
+    hidden = config.hidden_width or config.out_width
+    ends = [inputs] + [hidden] * (depth - 1) + [outputs]
+    return list(zip(ends[:-1], ends[1:], strict=True)) if depth else []
+
+
+def _mlp(config: ConnectorConfig, adapters=()) -> MLP:
+    return MLP(config.hidden_width, config.out_width, config.activation, False, config.bias, adapters)
