@@ -51,8 +51,10 @@ def missing_files(recipe: Recipe, job: str) -> list[str]:
     """The files `job` will read that are not there, each line naming its key. --job=plan reads none."""
     wanted: dict[str, str] = {}
     if job in ("train", "evaluate", "generate", "chat", "export"):
-        wanted = {"model.path": recipe.model.path, "model.connector.path": recipe.model.connector.path}
-        wanted |= {"model.tokenizer.path": recipe.model.tokenizer.path}
+        model = recipe.model
+        wanted = {"model.path": model.path}
+        for name in ("llm", "vision", "connector", "tokenizer"):
+            wanted[f"model.{name}.path"] = getattr(model, name).path
     if job == "train":
         for name in recipe.run:
             stage = recipe.stages[name]

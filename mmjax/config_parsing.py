@@ -113,7 +113,7 @@ def _usage(name: str, word: Word) -> str:
     return name if isinstance(word, bool) else f"{name}={word!r}"
 
 
-def _fields(kind: type) -> dict[str, Any]:
+def _fields(kind: Any) -> dict[str, Any]:
     """Field name -> type of a dataclass, annotations resolved."""
     hints = typing.get_type_hints(kind)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
