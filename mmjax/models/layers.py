@@ -34,7 +34,20 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     Checkpointed so that the cast of a stored (bfloat16, say) kernel is made again in the backward pass: kept instead, the
     casts of all scanned layers would stand in memory at once. The product itself is never made twice.
     """
-    return x @ kernel.astype(x.dtype)
+    return x @ stored(kernel).astype(x.dtype)
+
+
+def stored(kernel: jax.Array) -> jax.Array:
+    """The numbers of a kernel that is kept as raw bfloat16 bits (uint16); any other kernel as it is.
+
+    XLA:CPU cannot slice bfloat16 and widens a whole stack of layers to float32 to do it; bits it slices. `as_bits` makes them.
+    """
+    return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16) if kernel.dtype == jnp.uint16 else kernel
+
+
+def as_bits(kernel: jax.Array) -> jax.Array:
+    """A bfloat16 kernel as its bits, without a copy; anything else as it is. Only for frozen kernels: bits have no gradient."""
+    return kernel.view(jnp.uint16) if kernel.dtype == jnp.bfloat16 else kernel
 
 
 class Linear(nn.Module):
