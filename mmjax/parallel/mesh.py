@@ -1,0 +1,52 @@
+"""The one device mesh, and the start of a run with several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Sequence
+
+import jax
+from jax.sharding import AxisType
+
+from mmjax import config
+from mmjax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+DATA_AXES = ("data", "fsdp")  # what rows are divided over
+
+
+def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """A mesh with the axes of AXES. Raises UserError where the sizes do not fit the number of devices."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = dataclasses.asdict(sizes)
+    given = 1
+    for size in shape.values():
+        given *= size if size != -1 else 1
+    rest = [axis for axis, size in shape.items() if size == -1]
+    if len(rest) > 1 or any(size < 1 and size != -1 for size in shape.values()):
+        raise UserError(f"mesh: sizes are 1 or more, and one of them may be -1; not {shape}.")
+    if len(devices) % given or (not rest and given != len(devices)):
+        raise UserError(f"mesh: {shape} does not fit {len(devices)} devices.")
+    if shape["expert"] > 1:
+        raise UserError("mesh.expert must be 1: no layer of this model has experts to divide.")
+    for axis in rest:
+        shape[axis] = len(devices) // given
+    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def data_shards(mesh: jax.sharding.Mesh) -> int:
+    """Into how many parts the rows of a batch are divided."""
+    shards = 1
+    for axis in DATA_AXES:
+        shards *= mesh.shape[axis]
+    return shards
+
+
+def join_cluster() -> None:
+    """Joins the other processes where a cluster is seen: a coordinator's address, a SLURM or MPI job of several tasks,
+    or a TPU pod. On a lone machine nothing happens (there `jax.distributed.initialize` would wait for others or fail)."""
+    tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    if os.environ.get("JAX_COORDINATOR_ADDRESS") or tasks > 1 or pod:
+        jax.distributed.initialize()

@@ -1,0 +1,107 @@
+"""Ordered path rules that give every leaf its PartitionSpec, and the sharding of batches and optimizer state."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mmjax import tree
+from mmjax.batch import Batch
+from mmjax.parallel.mesh import DATA_AXES
+from mmjax.tree import Params
+
+# The first rule whose glob matches a leaf gives the axes of its last dimensions; those before them (the layer axis)
+# stay whole. Linears that widen are divided on their output, those that narrow back on their input, so that a block
+# needs one reduction over `tensor` in attention and one in the MLP.
+RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("**/embed/embedding", ("tensor", "fsdp")),
+    ("**/head/kernel", ("fsdp", "tensor")),
+    ("**/{query,key,value,gate,up}/kernel", ("fsdp", "tensor")),
+    ("**/{query,key,value,gate,up}/bias", ("tensor",)),
+    ("**/{query,key,value,gate,up}/adapters/*/lora_a", ("fsdp", None)),
+    ("**/{query,key,value,gate,up}/adapters/*/lora_b", (None, "tensor")),
+    ("**/layers/**/{output,down}/kernel", ("tensor", "fsdp")),
+    ("**/layers/**/{output,down}/adapters/*/lora_a", ("tensor", None)),
+    ("**/layers/**/{output,down}/adapters/*/lora_b", (None, "fsdp")),
+    ("connector/**/kernel", ("fsdp", None)),
+    ("**", ()),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the sharding table. `note` says where an axis was left out because it does not divide the dimension."""
+
+    path: str
+    shape: tuple[int, ...]
+    spec: PartitionSpec
+    rule: str
+    note: str
+
+
+def table(params: Params, mesh: Mesh) -> list[Row]:
+    """Every leaf's PartitionSpec; `params` may be shapes."""
+    rows = []
+    for path, leaf in tree.flatten(params).items():
+        glob, axes = next((glob, axes) for glob, axes in RULES if tree.matches(path, glob))
+        wanted = ((None,) * len(leaf.shape) + axes)[-len(leaf.shape) :] if leaf.shape else ()
+        fitting, notes = [], []
+        for size, axis in zip(leaf.shape, wanted):
+            divides = axis is not None and size % mesh.shape[axis] == 0
+            if axis is not None and not divides:
+                notes.append(f"{size} is not divisible by {axis}={mesh.shape[axis]}: whole there")
+            fitting.append(axis if divides else None)
+        rows.append(Row(path, tuple(leaf.shape), PartitionSpec(*fitting), glob, "; ".join(notes)))
+    return rows
+
+
+def format_table(rows: list[Row]) -> str:
+    """The table as text, a line for each leaf."""
+    width = max(len(row.path) for row in rows)
+    return "\n".join(
+        f"{row.path:{width}}  {str(list(row.shape)):24}  {_axes(row.spec):28}  {row.rule}"
+        + (f"  ({row.note})" if row.note else "")
+        for row in rows
+    )
+
+
+def param_shardings(params: Params, mesh: Mesh) -> Params:
+    """A NamedSharding for every leaf; `params` may be shapes."""
+    return tree.unflatten({row.path: NamedSharding(mesh, row.spec) for row in table(params, mesh)})
+
+
+def optimizer_shardings(state: Any, trainable: Params, mesh: Mesh) -> Any:
+    """For an optax state (or its shapes): what has the path and shape of a trainable leaf is sharded like it; counters
+    and factored moments are whole on every device."""
+    shardings = tree.flatten(param_shardings(trainable, mesh))
+    sizes = {path: tuple(leaf.shape) for path, leaf in tree.flatten(trainable).items()}
+
+    def sharding(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
+        for start in range(len(names)):
+            path = "/".join(map(str, names[start:]))
+            if sizes.get(path) == tuple(leaf.shape):
+                return shardings[path]
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
+    """Rows and media groups over the data axes, positions over `sequence`."""
+    in_rows = NamedSharding(mesh, PartitionSpec(DATA_AXES, "sequence"))
+    in_groups = NamedSharding(mesh, PartitionSpec(DATA_AXES))
+    media = ("images", "features", "tiles", "classes")
+    shardings: dict[str, Any] = {
+        field.name: in_groups if field.name in media else in_rows
+        for field in dataclasses.fields(Batch)
+        if getattr(batch, field.name) is not None
+    }
+    return Batch(**shardings)
+
+
+def _axes(spec: PartitionSpec) -> str:
+    return "(" + ", ".join(str(axis) if axis else "-" for axis in spec) + ")"
