@@ -127,23 +127,24 @@ def ask(kind: str, scene: dict[int, int], rng: np.random.Generator) -> tuple[str
 
 def draw(scene: dict[int, int], split: str, rng: np.random.Generator) -> Image.Image:
     """The scene in this split's handwriting: every digit about 14 pixels high, anywhere within its quarter."""
-    canvas = np.zeros((CANVAS, CANVAS), np.uint8)
+    canvas = Image.new("L", (CANVAS, CANVAS))
     half = CANVAS // 2
     for quarter, digit in scene.items():
         pictures = _handwriting(split)[digit]
         picture = Image.fromarray(pictures[int(rng.integers(len(pictures)))])
-        height, width = (int(side) for side in rng.integers(12, 16, 2)) if split == "train" else (14, 14)
-        picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+        width, height, shear, angle = 14.0, 14.0, 0.0, 0.0
         if split == "train":
-            shear, angle = rng.uniform(-0.15, 0.15), rng.uniform(-8, 8)
-            centre = height / 2
-            picture = picture.transform(
-                picture.size, Image.Transform.AFFINE, (1, shear, -shear * centre, 0, 1, 0), Image.Resampling.BILINEAR
-            ).rotate(angle, Image.Resampling.BILINEAR)
-        top = half * (quarter // 2) + int(rng.integers(half - height + 1))
-        left = half * (quarter % 2) + int(rng.integers(half - width + 1))
-        canvas[top : top + height, left : left + width] = np.asarray(picture)
-    return Image.fromarray(canvas).convert("RGB")
+            width, height = rng.uniform(12.5, 15.5, 2)
+            shear, angle = rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
+        left, top = rng.uniform(0, half - width), rng.uniform(0, half - height)
+        # From a pixel of the quarter back to the 8x8 picture: about the digit's centre, turned, slanted, scaled.
+        cos, sin, x, y = np.cos(angle), np.sin(angle), left + width / 2, top + height / 2
+        rows = np.array([[cos + shear * sin, sin - shear * cos], [-sin, cos]]) * [[8 / width], [8 / height]]
+        offsets = 4 - rows @ (x, y)
+        matrix = (*rows[0], offsets[0], *rows[1], offsets[1])
+        picture = picture.transform((half, half), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+        canvas.paste(picture, (half * (quarter % 2), half * (quarter // 2)))
+    return canvas.convert("RGB")
 
 
 @functools.lru_cache(maxsize=None)
