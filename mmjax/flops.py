@@ -1,0 +1,209 @@
+"""Floating-point operations of training, counted from shapes.
+
+The convention, said wherever a figure is printed (`CONVENTION`): a multiply-add is 2. For every token a weight of N elements costs
+2N forwards, 2N for the gradient of its input where something in front of it is trained, and 2N for its own gradient where it is
+trained itself: 6N trained, 4N frozen, 2N frozen with nothing trained in front. A causal attention costs half of a full one; the
+head is counted at supervised positions only; what rematerialisation computes twice is not counted. Norms, activations and
+lookups are left out.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from typing import Literal, Sequence
+
+from mmjax import tree
+from mmjax.models import mobilenet_v2, multimodal
+from mmjax.models.config import BlockConfig, ConnectorConfig, MobileNetV2Config, ModelConfig, ViTConfig
+from mmjax.training.trainable import Selection
+
+CONVENTION = "2 per multiply-add; trained weights 6N, frozen 4N (2N with nothing trained in front); causal attention half; no remat"
+
+# Dense bfloat16 peak in FLOP/s by the start of jax's device_kind, from NVIDIA's data sheets and Google Cloud's TPU pages.
+PEAK = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+}
+
+Site = tuple[int, float]  # where a leaf stands in the data flow: (part, layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """FLOPs of one training step by what they grow with; each maps a part's name to its share.
+
+    per_tile        of an image tile (encoder and connector)
+    per_token       of an LLM position, media and text alike
+    per_supervised  of a supervised position
+    per_pair        of a pair of positions of which one attends to the other, by the layers' window (0 = none)
+    """
+
+    per_tile: dict[str, float]
+    per_token: dict[str, float]
+    per_supervised: dict[str, float]
+    per_pair: dict[int, float]
+
+    def count(self, lengths: Sequence[float], supervised: float, tiles: float, encoded: bool = True) -> dict[str, float]:
+        """Part -> FLOPs for samples of these lengths. `encoded`: the encoder ran (it does not where its features are cached)."""
+        parts: dict[str, float] = collections.defaultdict(float)
+        for part, share in self.per_tile.items():
+            parts[part] += share * tiles * (encoded or not part.startswith("vision"))
+        for part, share in self.per_token.items():
+            parts[part] += share * sum(lengths)
+        for part, share in self.per_supervised.items():
+            parts[part] += share * supervised
+        for window, share in self.per_pair.items():
+            parts["llm attention"] += share * sum(_pairs(length, window) for length in lengths)
+        return {part: value for part, value in parts.items() if value}
+
+
+def training_flops(
+    config: ModelConfig, selection: Selection, objective: Literal["language", "classify"] = "language"
+) -> Flops:
+    """What a training step of `config` costs when the leaves of `selection` are trained."""
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(multimodal.shapes(config)).items()}
+    trained = _trained(shapes, selection)
+    first = min((_site(path, layer) for path, layer in trained), default=(math.inf, 0.0))
+    used = _layers_used(config, objective)
+
+    def times(path: str, layer: int) -> int:
+        return 3 if (path, layer) in trained else 2 if _site(path, layer) >= first else 1
+
+    per_tile: dict[str, float] = collections.defaultdict(float)
+    per_token: dict[str, float] = collections.defaultdict(float)
+    per_supervised: dict[str, float] = collections.defaultdict(float)
+    for path, shape in shapes.items():
+        rows, table = _rows(path, config, objective), per_tile
+        if path.startswith("llm/"):
+            rows, table = 1.0, per_supervised if _is_head(path, config) else per_token
+        if not rows or not _is_matmul(path, config):
+            continue
+        stacked = _is_stacked(path)
+        for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
+            forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
+            table[_part(path, config)] += forward * times(path, layer)
+
+    per_pair: dict[int, float] = collections.defaultdict(float)
+    if config.llm is not None and objective == "language":
+        for layer in range(config.llm.layers):
+            window = config.llm.windows[layer % len(config.llm.windows)]
+            # a frozen layer's softmax still hands on a gradient to queries, keys and values alike: 1 or 3, never 2
+            passes = 3 if _site("llm/layers/", layer) >= first else 1
+            per_pair[window] += _attention(config.llm.block) * passes
+    if isinstance(config.vision, ViTConfig):
+        pairs = (config.vision.positions + config.vision.class_token) ** 2
+        for layer in range(used["vision"]):
+            passes = 3 if _site("vision/layers/", layer) >= first else 1
+            per_tile["vision"] += _attention(config.vision.block) * pairs * passes
+    return Flops(dict(per_tile), dict(per_token), dict(per_supervised), dict(per_pair))
+
+
+def peak(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device, None where it is not known (CPUs)."""
+    return next((value for name, value in PEAK.items() if device_kind.startswith(name)), None)
+
+
+def mfu(flops: float, seconds: float, devices: int, device_kind: str) -> float | None:
+    """Model FLOPs over what the devices could have done in that time, 0 to 1; None where their peak is not known."""
+    known = peak(device_kind)
+    return None if known is None else flops / (seconds * devices * known)
+
+
+def _pairs(length: float, window: int) -> float:
+    """Pairs of a causal attention: half of the square, or of the band of a sliding window."""
+    return length**2 / 2 if not window or length <= window else window * length - window**2 / 2
+
+
+def _attention(block: BlockConfig) -> float:
+    """FLOPs of a pair: the scores, and the mixing of values."""
+    return 4 * block.heads * block.head_dim
+
+
+def _site(path: str, layer: float) -> Site:
+    """The order in which gradients must pass: what stands behind a trained site carries them, what stands in front does not."""
+    top, second = path.split("/")[:2]
+    if top == "llm":
+        return {"embed": (2, 0.0), "layers": (3, float(layer))}.get(second, (4, 0.0))
+    if top == "connector":
+        return (1, 0.0)
+    if second == "layers":
+        return (0, float(layer))
+    return (0, -1.0 if second in ("patch", "positions", "class_embedding", "pre_norm", "stem") else math.inf)
+
+
+def _trained(shapes: dict[str, tuple[int, ...]], selection: Selection) -> set[tuple[str, int]]:
+    """(path, layer) of everything trained; layer 0 for what is not stacked."""
+    found = set()
+    for path, chosen in selection.leaves.items():
+        start, stop = chosen or (0, shapes[path][0] if _is_stacked(path) else 1)
+        found |= {(path, layer) for layer in range(start, stop)}
+    return found
+
+
+def _layers_used(config: ModelConfig, objective: str) -> dict[str, int]:
+    """Layers of the encoder that run: those above the highest state a connector reads do not."""
+    if not isinstance(config.vision, ViTConfig):
+        return {}
+    layers = config.vision.layers
+    return {"vision": layers if objective == "classify" else max(layer % (layers + 1) for layer in config.features.layers)}
+
+
+def _rows(path: str, config: ModelConfig, objective: str) -> float:
+    """How many positions of a tile a weight outside the LLM is applied to; 0 where it is not used."""
+    if path.startswith("connector/"):
+        return _connector_rows(config.connector) if config.connector and objective == "language" else 0
+    if not path.startswith("vision/") or config.vision is None:
+        return 0
+    if isinstance(config.vision, MobileNetV2Config):
+        head = float(objective == "classify")
+        return head if path.startswith("vision/head") else _pixels(config.vision)[path.removesuffix("/kernel")]
+    vision = config.vision
+    if path.startswith("vision/patch"):
+        return vision.positions
+    if path.startswith("vision/layers"):
+        return vision.positions + vision.class_token
+    if objective == "language" or path.startswith("vision/projection"):
+        return 0
+    return vision.positions if "/attention/key" in path or "/attention/value" in path else 1
+
+
+def _connector_rows(config: ConnectorConfig) -> int:
+    return {"pooled_mlp": 1, "concat": config.tokens}.get(config.kind, config.positions)
+
+
+def _pixels(config: MobileNetV2Config) -> dict[str, int]:
+    """Path of each convolution -> pixels of its output."""
+    side, pixels = config.image_size, {}
+    for block in mobilenet_v2.network(config):
+        for convolution in block.convolutions:
+            side = -(-side // convolution.stride)
+            pixels[f"vision/{convolution.path}"] = side**2
+    return pixels
+
+
+def _is_stacked(path: str) -> bool:
+    return "/layers/" in path
+
+
+def _is_head(path: str, config: ModelConfig) -> bool:
+    tied = config.llm is not None and config.llm.tied_head
+    return path.startswith("llm/head/") or (tied and path == "llm/embed/embedding")
+
+
+def _is_matmul(path: str, config: ModelConfig) -> bool:
+    return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith("/embedding") and _is_head(path, config))
+
+
+def _part(path: str, config: ModelConfig) -> str:
+    if "/adapters/" in path:
+        return f"{path.split('/')[0]} adapters"
+    return "llm head" if _is_head(path, config) else path.split("/")[0]
