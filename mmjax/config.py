@@ -55,9 +55,9 @@ def read_recipe(workdir: str | Path) -> Recipe:
 
 
 def _config_dict(values: Any) -> Any:
-    """None becomes a placeholder, so that a string may take its place."""
+    """In the order given; None becomes a placeholder, so that a string may take its place."""
     if isinstance(values, dict):
-        return ConfigDict({key: _config_dict(value) for key, value in values.items()})
+        return ConfigDict({key: _config_dict(value) for key, value in values.items()}, sort_keys=False)
     return config_dict.placeholder(str) if values is None else values
 
 

@@ -1,5 +1,5 @@
-"""What is wrong with a recipe whose every field is of the right type: values out of range, names that name nothing, files
-that are not there. Cheap, so that it is said before anything is loaded or compiled."""
+"""What is wrong with a recipe whose every field is of the right type: values out of range, names that name nothing,
+files that are not there. Cheap, so that it is said before anything is loaded or compiled."""
 
 from __future__ import annotations
 
@@ -118,6 +118,7 @@ def _model(model: Model) -> Iterator[str]:
     kind = model.connector.kind
     if kind not in CONNECTORS and not re.fullmatch(r"mlp[1-9]\d*x_gelu", kind):
         yield f"model.connector.kind is {kind!r}; it must be one of {', '.join(CONNECTORS)}, or mlpNx_gelu."
+    yield from _template("model.template", model.template)
     if not model.feature_layers:
         yield "model.feature_layers is empty: which of the encoder's hidden states does the connector read? (-2: the last but one)"
     for name, adapter in model.adapters.items():
@@ -125,6 +126,14 @@ def _model(model: Model) -> Iterator[str]:
             yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."
         if not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
+
+
+def _template(key: str, name: str) -> Iterator[str]:
+    from mmjax.data.templates import NAMES  # here: it brings in transformers
+
+    if name not in (*NAMES, "tokenizer"):
+        near = nearest(name, [*NAMES, "tokenizer"])
+        yield f"{key} is {name!r}; it must be one of {', '.join(NAMES)}, tokenizer. Did you mean {near!r}?"
 
 
 def _part(key: str, part: Part) -> Iterator[str]:
@@ -145,6 +154,8 @@ def _run(recipe: Recipe) -> Iterator[str]:
 def _stage(key: str, stage: Stage) -> Iterator[str]:
     if (stage.steps > 0) == (stage.epochs > 0):
         yield f"{key}: give either steps or epochs (steps={stage.steps}, epochs={stage.epochs:g})."
+    if stage.template:
+        yield from _template(f"{key}.template", stage.template)
     if not stage.trainable:
         yield f"{key}.trainable is empty: nothing would be trained."
     if not stage.sources:

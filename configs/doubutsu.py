@@ -1,0 +1,119 @@
+"""doubutsu-2b (qtnx and yeswondwerr, 2024; github.com/qrsch/doubutsu): a small model one adapts with a LoRA of one's own.
+
+    python -m mmjax.main --config=configs/doubutsu.py            # as released: every patch through a two-layer MLP (729 tokens)
+    python -m mmjax.main --config=configs/doubutsu.py:concat     # 9 neighbouring patches put together (81 tokens)
+    python -m mmjax.main --config=configs/doubutsu.py:pooled     # the mean patch through an MLP that makes 8 tokens
+    python -m mmjax.main --config=configs/doubutsu.py:tiny       # the same path in a minute, on drawn data
+
+What it is     SigLIP-so400m, its last block but one (27 x 27 patches), an MLP, Qwen2-1.5B-Instruct.
+Stages         pretrain  MLP alone on CC3M-595K captions
+               adapt     LoRA (rank 128, alpha 256, every Linear of the LLM) on descriptions or questions of one's own; learning
+                         rate 2e-4, 10 % warm-up, cosine to 0, 32 samples a step, 3 epochs. Everything else stays frozen, so that
+                         --job=export --config.export.format=peft gives the small adapter one ships.
+Trained        4,131,840 (pretrain, as released); 147,718,144 (adapt).
+Cost           the authors adapted it on a single RTX 3090.
+Results        none were published.
+
+Not published, so chosen here: the pretraining's settings (LLaVA's), the number of patches put together and of pooled tokens.
+Differs from the authors' code: pictures are 384 pixels of which SigLIP leaves out the last 6 (theirs: 378); the picture stands at its
+place in the user's turn (theirs: before the system text); AdamW keeps its moments in bfloat16 (theirs: in 8 bits).
+Needs Qwen/Qwen2-1.5B-Instruct and google/siglip-so400m-patch14-384 (in the local Hugging Face cache, or --config.model.llm.path=DIR
+and --config.model.vision.path=DIR); data below data/.
+"""
+
+from mmjax.config import (
+    Connector,
+    Image,
+    Lora,
+    Model,
+    Optimizer,
+    Part,
+    Recipe,
+    Source,
+    Stage,
+    parse_arguments,
+    to_config_dict,
+)
+from mmjax.tiny import tiny
+
+QWEN2 = Part(
+    "Qwen/Qwen2-1.5B-Instruct",
+    {
+        "model_type": "qwen2",
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000.0,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "tie_word_embeddings": True,
+    },
+)
+SIGLIP = Part(
+    "google/siglip-so400m-patch14-384",
+    {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+        "hidden_act": "gelu_pytorch_tanh",
+        "layer_norm_eps": 1e-6,
+    },
+)
+CONNECTORS = {
+    "patches": Connector(kind="mlp2x_gelu"),
+    "concat": Connector(kind="concat", group=9),
+    "pooled": Connector(kind="pooled_mlp", pooled_tokens=8),
+}
+
+
+def get_config(argument: str = ""):
+    chosen = parse_arguments(argument, {"connector": ("patches", "concat", "pooled"), "tiny": False})
+    media = {"patches": 729, "concat": 81, "pooled": 8}[chosen.connector]
+    pretrain = Stage(
+        trainable=("connector/**",),
+        sources={"captions": Source(path="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images")},
+        epochs=1.0,
+        rows=128,
+        length=media + 71,  # the picture, and its caption
+        packing=False,
+        template="plain",
+        optimizer=Optimizer(learning_rate=1e-3),
+        dtype="bfloat16",
+    )
+    adapt = Stage(
+        trainable=("llm/**/lora_*",),
+        sources={"descriptions": Source(kind="messages", path="data/docci/train.jsonl", images="data/docci/images")},
+        epochs=3.0,
+        rows=32,
+        length=media + 295,  # the picture, and a DOCCI description
+        packing=False,
+        accumulate=16,
+        optimizer=Optimizer(learning_rate=2e-4, warmup_ratio=0.1, moment_dtype="bfloat16"),
+        dtype="bfloat16",
+    )
+    recipe = Recipe(
+        name=f"doubutsu_{chosen.connector}",
+        model=Model(
+            llm=QWEN2,
+            vision=SIGLIP,
+            connector=CONNECTORS[chosen.connector],
+            feature_layers=(-2,),
+            image=Image(aspect="squash"),
+            template="chatml",
+            system="You are a helpful AI assistant that can see images and answer questions about them.",
+            adapters={"default": Lora(rank=128, alpha=256.0, targets=("llm/layers/**",))},
+            dtype="bfloat16",
+        ),
+        stages={"pretrain": pretrain, "adapt": adapt},
+        run=("pretrain", "adapt"),
+    )
+    return to_config_dict(tiny(recipe) if chosen.tiny else recipe)

@@ -1,0 +1,103 @@
+"""Any recipe at a size that runs in a minute on a laptop: what the config argument `tiny` of every recipe does."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mmjax.config import Evaluation, Model, Part, Recipe, Source, Stage
+
+SIZES: dict[str, int] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 512,
+    "max_position_embeddings": 512,
+    "projection_dim": 32,
+    "image_size": 84,
+    "patch_size": 14,
+}
+"""Fields of a config.json that are sizes, and their tiny values. Those a config does not have are not added. 6 x 6 patches can
+be put together by 4 and by 9."""
+
+
+def tiny(recipe: Recipe) -> Recipe:
+    """The recipe with small fresh parts, a few steps and drawn data (handwritten digits, a tokenizer trained on the questions).
+
+    Only sizes, steps and data change: stages, what they train, connector, ports, masks and templates stay.
+    """
+    return dataclasses.replace(
+        recipe,
+        name=f"{recipe.name}_tiny",
+        model=_model(recipe.model),
+        stages={name: _stage(stage) for name, stage in recipe.stages.items()},
+        evaluations={name: _evaluation(evaluation) for name, evaluation in recipe.evaluations.items()},
+        checkpoint=dataclasses.replace(recipe.checkpoint, every=2),
+        logging=dataclasses.replace(recipe.logging, every=1),
+        generate=dataclasses.replace(recipe.generate, max_new_tokens=8),
+    )
+
+
+def _model(model: Model) -> Model:
+    connector = dataclasses.replace(
+        model.connector,
+        path="",
+        hidden_width=min(model.connector.hidden_width, 64),
+        pooled_tokens=min(model.connector.pooled_tokens, 4),
+    )
+    adapters = {
+        name: dataclasses.replace(adapter, rank=min(adapter.rank, 4), alpha=adapter.alpha * min(adapter.rank, 4) / adapter.rank)
+        for name, adapter in model.adapters.items()
+    }
+    return dataclasses.replace(
+        model,
+        path="",
+        llm=_part(model.llm),
+        vision=_part(model.vision),
+        connector=connector,
+        image=dataclasses.replace(model.image, size=0),
+        tokenizer=dataclasses.replace(model.tokenizer, path="", vocab_size=SIZES["vocab_size"]),
+        adapters=adapters,
+    )
+
+
+def _part(part: Part) -> Part:
+    return Part(config={field: _size(field, value, part.config) for field, value in part.config.items()})
+
+
+def _size(field: str, value: Any, config: dict[str, Any]) -> Any:
+    """The tiny value of a field; as many key/value heads as heads where the full model has as many."""
+    if field == "num_key_value_heads" and value == config.get("num_attention_heads"):
+        return SIZES["num_attention_heads"]
+    return SIZES.get(field, value)
+
+
+def _stage(stage: Stage) -> Stage:
+    return dataclasses.replace(
+        stage,
+        sources={name: _source(source, "train") for name, source in stage.sources.items()},
+        validation=dataclasses.replace(
+            stage.validation,
+            sources={name: _source(source, "held_out") for name, source in stage.validation.sources.items()},
+            every=min(stage.validation.every, 2),
+            batches=min(stage.validation.batches, 2),
+        ),
+        steps=4,
+        epochs=0.0,
+        rows=8,
+        length=160,
+        tiles=min(stage.tiles, 2),
+        accumulate=min(stage.accumulate, 2),
+    )
+
+
+def _evaluation(evaluation: Evaluation) -> Evaluation:
+    source = _source(evaluation.source, "held_out")
+    return dataclasses.replace(evaluation, source=source, max_new_tokens=8, batch=8, limit=16, samples=4)
+
+
+def _source(source: Source, split: str) -> Source:
+    task = {"captions": "caption"}.get(source.kind, "questions")
+    return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": 64})
