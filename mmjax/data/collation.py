@@ -1,0 +1,84 @@
+"""From rows of encoded samples to the one typed Batch: for training, evaluation and generation alike."""
+
+from __future__ import annotations
+
+from typing import Sequence
+
+import numpy as np
+
+from mmjax.batch import Batch
+from mmjax.data.encoding import IGNORED, Example
+
+
+def collate(
+    rows: Sequence[Sequence[Example]],
+    *,
+    length: int = 0,
+    groups: int = 1,
+    tiles: int = 0,
+    media_shape: tuple[int, ...] = (),
+) -> Batch:
+    """A Batch of these rows, each with one or several samples, padded on the right.
+
+    length        tokens of a row; 0 = as many as the longest row has
+    groups        row r of R goes to group r // (R // groups), and so do its images
+    tiles         image tiles of a group, dummies included; 0 = as many as the fullest group has
+    media_shape   shape of one image's `pixels`, for the dummies of a batch without images; () = taken from the images
+
+    Without any token (classification) the token fields are None, without any tile the image fields.
+    Raises ValueError where something does not fit.
+    """
+    if len(rows) % groups:
+        raise ValueError(f"{len(rows)} rows cannot be shared by {groups} groups")
+    grouped = [rows[at : at + len(rows) // groups] for at in range(0, len(rows), len(rows) // groups)]
+    fed = [[example for row in group for example in row if example.images] for group in grouped]
+    tiles = tiles or max(sum(len(example.images) for example in group) for group in fed)
+    length = length or max((sum(len(example.ids) for example in row) for row in rows), default=0)
+    return Batch(**(_tokens(grouped, length) if length else {}), **(_media(fed, tiles, media_shape) if tiles else {}))
+
+
+def _tokens(grouped: Sequence[Sequence[Sequence[Example]]], length: int) -> dict[str, np.ndarray]:
+    shape = sum(map(len, grouped)), length
+    fields = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "positions", "targets")}
+    fields |= {"media": np.full(shape, -1, np.int32), "weights": np.zeros(shape, np.float32)}
+    number = 0
+    for group in grouped:
+        media = 0  # media tokens of the group so far
+        for row in group:
+            at = 0
+            for segment, example in enumerate(row, 1):
+                here = number, slice(at, at + len(example.ids))
+                at += len(example.ids)
+                if at > length:
+                    raise ValueError(f"a row holds {at} tokens, more than {length}; its last sample is {example.id}")
+                fields["tokens"][here] = example.ids
+                fields["segments"][here] = segment
+                fields["positions"][here] = np.arange(len(example.ids))
+                fields["media"][here] = np.where(example.media, media + np.cumsum(example.media) - 1, -1)
+                media += int(example.media.sum())
+                following = np.append(example.labels[1:], IGNORED)
+                fields["targets"][here] = np.where(following == IGNORED, 0, following)
+                fields["weights"][here] = following != IGNORED
+            number += 1
+    return fields
+
+
+def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    found = next((example.pixels for group in fed for example in group if example.pixels is not None), None)
+    shape = shape or (found.shape[1:] if found is not None else ())
+    if not shape:
+        raise ValueError("a batch without images needs media_shape to make its dummies")
+    dtype = found.dtype if found is not None else np.uint8 if len(shape) == 3 else np.float16
+    pixels = np.zeros((len(fed), tiles, *shape), dtype)
+    real = np.zeros((len(fed), tiles), bool)
+    classes = np.full((len(fed), tiles), -1, np.int32)
+    for group, examples in enumerate(fed):
+        at = 0
+        for example in examples:
+            here = group, slice(at, at + len(example.images))
+            at += len(example.images)
+            if at > tiles:
+                raise ValueError(f"a group holds {at} images, more than {tiles}; the last is of sample {example.id}")
+            pixels[here], real[here], classes[here] = example.pixels, True, example.category
+    fields = {"images" if len(shape) == 3 else "features": pixels, "tiles": real}
+    return fields | {"classes": classes} if (classes >= 0).any() else fields

@@ -1,0 +1,341 @@
+"""From data sets to batches: planned globally, loaded by Grain, restartable at any step from its number alone.
+
+The rows of a step are decided by (seed, epoch) and the stored lengths (mmjax.data.packing). Global row g of the run belongs to
+step g // stage.rows and to process g % process_count. A sample that breaks when it is loaded leaves its place in the row empty.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import math
+import threading
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Protocol, Sequence
+
+import grain
+import numpy as np
+
+from mmjax import config
+from mmjax.batch import Batch
+from mmjax.data import images, lengths, packing, sources
+from mmjax.data.collation import collate
+from mmjax.data.encoding import Encoder, Example
+from mmjax.data.messages import BadSample
+from mmjax.data.messages import images as image_parts
+from mmjax.data.sources import Dataset
+from mmjax.errors import UserError
+
+__all__ = ["Features", "Info", "Pipeline", "Skipped", "collate"]
+
+_SETTLED = 1000  # samples after which the share of broken ones is judged by what was seen
+
+
+class Features(Protocol):
+    """Cached encoder features in place of pictures; `shape` is (positions, width)."""
+
+    shape: tuple[int, int]
+
+    def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """A sample that was not trained on."""
+
+    source: str
+    id: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What a step holds, for the log; of this process's rows.
+
+    ids          ids of the samples of each row
+    tokens       positions that are not padding; supervised: of these, the ones predicted from
+    padding      share of positions that are padding
+    epoch        how many epochs are done after the step
+    """
+
+    step: int
+    epoch: float
+    ids: tuple[tuple[str, ...], ...]
+    tokens: int
+    supervised: int
+    padding: float
+    images: int
+    skipped: tuple[Skipped, ...]
+
+    @property
+    def samples(self) -> int:
+        return sum(map(len, self.ids))
+
+
+class Pipeline:
+    """The batches of a stage.
+
+    datasets        by the names of stage.sources
+    encoder         its max_length is set to stage.length; None for the objective "classify"
+    groups          of the whole step over all processes: (shards of the data axes) x stage.accumulate. The rows of micro-batch m
+                    are rows [m * R / accumulate, (m + 1) * R / accumulate) of a Batch of R rows, and its groups likewise, so a
+                    trainer reshapes every field [n, ...] to [accumulate, n / accumulate, ...]
+    process_index   this process yields stage.rows / process_count rows and groups / process_count groups a step
+    workdir         where the table of lengths is kept; None = nowhere
+
+    `skipped` lists every sample that was not trained on so far: the unusable ones as soon as the table is made, the ones
+    that broke at loading with the step that would have shown them. Raises UserError where they are more than loader.max_broken.
+    """
+
+    def __init__(
+        self,
+        stage: config.Stage,
+        datasets: Mapping[str, Dataset],
+        encoder: Encoder | None,
+        image_processor: images.ImageProcessor | None,
+        *,
+        seed: int,
+        loader: config.Loader,
+        groups: int = 1,
+        process_index: int = 0,
+        process_count: int = 1,
+        features: Features | None = None,
+        workdir: str | Path | None = None,
+    ):
+        rows, groups_here = stage.rows // process_count, groups // process_count
+        if stage.rows % process_count or groups % process_count or rows % max(1, groups_here):
+            raise UserError(
+                f"rows = {stage.rows} must be a multiple of data shards x accumulate = {groups}, and both of the "
+                f"{process_count} processes"
+            )
+        if unknown := [flag for flag in stage.augment if flag != "flip"]:
+            raise UserError(f"unknown augmentation {unknown[0]!r}; there is flip")
+        self.stage, self.datasets, self.loader, self.seed = stage, dict(datasets), loader, seed
+        self.encoder = encoder and dataclasses.replace(encoder, max_length=stage.length)
+        self.image_processor, self.features = image_processor, features
+        self.rows, self.groups = rows, groups_here
+        self.process_index, self.process_count = process_index, process_count
+        self.skipped: list[Skipped] = []
+        self._reported: set[tuple[str, str]] = set()
+        self._seen = self._broken = 0
+        self._names = list(datasets)
+        self._sizes = [len(dataset) for dataset in datasets.values()]
+        self._weights = [stage.sources[name].weight for name in self._names]
+        self._tokens, self._tiles, self._usable = self._table(Path(workdir) if workdir else None)
+        self._plans: dict[int, packing.Rows] = {}
+        self._ends: list[int] = []  # global rows up to the end of each epoch
+        self._lock = threading.RLock()
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Steps of the stage: stage.steps, or those of its epochs (a last, incomplete step is filled up from the next epoch)."""
+        if self.stage.steps:
+            return self.stage.steps
+        whole = int(self.stage.epochs)
+        total = (self._end(whole - 1) if whole else 0) + (self.stage.epochs - whole) * len(self._plan(whole))
+        return max(1, math.ceil(total / self.stage.rows))
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[tuple[Batch, Info]]:
+        """The batches of the steps from `start_step` on: the same ones wherever one starts."""
+        stop = self.steps if stop_step is None else stop_step
+        if start_step >= stop:
+            return
+        self._row(start_step * self.stage.rows)  # plans, so that a mistake is said here and not in a thread
+        loaded = grain.MapDataset.range(start_step, stop).map(self._load)
+        options = grain.ReadOptions(num_threads=self.loader.threads, prefetch_buffer_size=self.loader.prefetch)
+        iterable = loaded.to_iter_dataset(options)
+        if self.loader.workers:
+            iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(self.loader.workers))
+        for fields, info in iterable:
+            self._count(info)
+            yield Batch(**fields), info
+
+    def _load(self, step: int) -> tuple[dict[str, np.ndarray], Info]:
+        """The fields of a step's Batch, and what is in it."""
+        rows: list[list[Example]] = []
+        skipped = []
+        first = int(step) * self.stage.rows + self.process_index
+        for number in range(first, first + self.rows * self.process_count, self.process_count):
+            epoch, samples = self._row(number)
+            rows.append([])
+            for sample in samples.tolist():
+                try:
+                    rows[-1].append(self._example(epoch, sample))
+                except BadSample as error:
+                    skipped.append(Skipped(self._locate(sample)[0], error.id, error.reason))
+        source = self.features if self.features is not None else self.image_processor
+        shape: tuple[int, ...] = source.shape if source is not None and self._tiles.any() else ()
+        language = self.stage.objective == "language"
+        batch = collate(
+            rows,
+            length=self.stage.length if language else 0,
+            groups=self.groups,
+            tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
+            media_shape=shape,
+        )
+        if not language and batch.classes is None and batch.tiles is not None:
+            batch = dataclasses.replace(batch, classes=np.full(batch.tiles.shape, -1, np.int32))
+        tokens = sum(len(example.ids) for row in rows for example in row)
+        end_of_step = (step + 1) * self.stage.rows - 1
+        info = Info(
+            step=int(step),
+            epoch=self._progress(int(end_of_step)),
+            ids=tuple(tuple(example.id for example in row) for row in rows),
+            tokens=tokens,
+            supervised=int(np.sum(batch.weights)) if batch.weights is not None else 0,
+            padding=1 - tokens / (self.rows * self.stage.length) if language else 0.0,
+            images=sum(len(example.images) for row in rows for example in row),
+            skipped=tuple(skipped),
+        )
+        fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return {name: value for name, value in fields.items() if value is not None}, info
+
+    def _example(self, epoch: int, sample: int) -> Example:
+        """Sample number `sample` of the mixture with its pictures. Raises BadSample, BrokenImage."""
+        name, index = self._locate(sample)
+        example = self._prepare(self.datasets[name], index)
+        if not example.images:
+            return example
+        pixels = []
+        for number, part in enumerate(example.images):
+            flipped = "flip" in self.stage.augment and _coin(self.seed, epoch, sample, number)
+            try:
+                pixels.append(self._pixels(name, part, flipped))
+            except images.BrokenImage as error:
+                raise BadSample(example.id, str(error)) from error
+        return dataclasses.replace(example, pixels=np.stack(pixels))
+
+    def _pixels(self, name: str, part: dict[str, Any], flipped: bool) -> np.ndarray:
+        """What is fed for one image part of source `name`."""
+        if self.features is not None:
+            return self.features.lookup(name, part["path"], flipped)
+        if self.image_processor is None:
+            raise UserError(f"the source {name} has images, but the model has no vision encoder")
+        picture = self.datasets[name].image(part["path"]) if "path" in part else images.decode(part["image"])
+        pixels = self.image_processor.pixels(picture)
+        return pixels[:, ::-1] if flipped else pixels
+
+    @property
+    def _prepare(self) -> lengths.Prepare:
+        if self.stage.objective == "classify":
+            return functools.partial(_classified, tiles=self.stage.tiles)
+        if self.encoder is None:
+            raise UserError('the objective "language" needs a tokenizer')
+        return functools.partial(_encoded, encoder=self.encoder, tiles=self.stage.tiles)
+
+    def _table(self, workdir: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens and tiles of every sample of the mixture, and which are usable; the others go into `skipped`."""
+        tables = []
+        for name, dataset in self.datasets.items():
+            cache = None
+            if workdir is not None:
+                key = (
+                    sources.fingerprint(self.stage.sources[name]),
+                    self.encoder,
+                    self.stage.objective,
+                    self.stage.tiles,
+                )
+                cache = workdir / "lengths" / f"{lengths.key(*key)}.npz"
+            table = lengths.measure(dataset, self._prepare, self.loader.workers, self.loader.threads, cache)
+            tables.append(table)
+            self.skipped += [Skipped(name, id, reason) for id, reason in table.dropped.values()]
+        tokens, tiles = (np.concatenate([getattr(table, field) for table in tables]) for field in ("tokens", "tiles"))
+        usable = np.ones(len(tokens), bool)
+        for first, table in zip(np.cumsum([0, *self._sizes]).tolist(), tables):
+            usable[[first + index for index in table.dropped]] = False
+        if len(self.skipped) > self.loader.max_broken * len(tokens) or not usable.any():
+            raise UserError(f"{len(self.skipped)} of {len(tokens)} samples cannot be used: {_listed(self.skipped)}")
+        return tokens, tiles, usable
+
+    def _plan(self, epoch: int) -> packing.Rows:
+        """The rows of an epoch."""
+        with self._lock:
+            if epoch not in self._plans:
+                order = packing.order(self._sizes, self._weights, self.seed, epoch)
+                order, stage = order[self._usable[order]], self.stage
+                self._plans[epoch] = packing.plan(
+                    self._tokens, self._tiles, order, stage.length, stage.tiles, stage.packing
+                )
+                for old in sorted(set(self._plans) - {epoch})[:-2]:
+                    del self._plans[old]
+            return self._plans[epoch]
+
+    def _end(self, epoch: int) -> int:
+        """The number of rows up to the end of an epoch."""
+        with self._lock:
+            while len(self._ends) <= epoch:
+                self._ends.append((self._ends[-1] if self._ends else 0) + len(self._plan(len(self._ends))))
+            return self._ends[epoch]
+
+    def _row(self, number: int) -> tuple[int, np.ndarray]:
+        """The epoch and the samples of global row `number`."""
+        epoch, start, _ = self._place(number)
+        return epoch, self._plan(epoch)[number - start]
+
+    def _progress(self, number: int) -> float:
+        """Epochs done after global row `number`."""
+        epoch, start, end = self._place(number)
+        return epoch + (number + 1 - start) / (end - start)
+
+    def _place(self, number: int) -> tuple[int, int, int]:
+        """The epoch of a global row, and the first and the end of the rows of that epoch."""
+        with self._lock:
+            while not self._ends or self._ends[-1] <= number:
+                self._end(len(self._ends))
+            epoch = bisect.bisect_right(self._ends, number)
+            return epoch, self._ends[epoch - 1] if epoch else 0, self._ends[epoch]
+
+    def _locate(self, sample: int) -> tuple[str, int]:
+        """The source of a sample of the mixture, and its number there."""
+        ends = np.cumsum(self._sizes).tolist()
+        source = bisect.bisect_right(ends, sample)
+        return self._names[source], sample - (ends[source - 1] if source else 0)
+
+    def _count(self, info: Info) -> None:
+        self._seen += info.samples + len(info.skipped)
+        self._broken += len(info.skipped)
+        for skipped in info.skipped:
+            if (skipped.source, skipped.id) not in self._reported:
+                self._reported.add((skipped.source, skipped.id))
+                self.skipped.append(skipped)
+        if self._broken > self.loader.max_broken * max(self._seen, min(int(self._usable.sum()), _SETTLED)):
+            raise UserError(
+                f"{self._broken} of {self._seen} samples could not be loaded, more than loader.max_broken = "
+                f"{self.loader.max_broken:g} allows: {_listed(self.skipped)}"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
+
+
+def _encoded(dataset: Dataset, index: int, *, encoder: Encoder, tiles: int) -> Example:
+    """A sample of the objective "language"."""
+    example = encoder.encode(dataset[index])
+    if len(example.images) > tiles:
+        raise BadSample(example.id, f"it has {len(example.images)} images; a row holds {tiles} (the stage's `tiles`)")
+    return example
+
+
+def _classified(dataset: Dataset, index: int, *, tiles: int) -> Example:
+    """A sample of the objective "classify": one image, and its class as the one answer."""
+    sample = dataset[index]
+    shown, answer = image_parts(sample.messages), sample.answers[0] if sample.answers else ""
+    if len(shown) != 1 or not tiles:
+        raise BadSample(sample.id, f"it has {len(shown)} images; to be classified it must have one")
+    if not answer.isdecimal():
+        raise BadSample(sample.id, f"its answer {answer!r} is not the number of a class")
+    empty = np.zeros(0, np.int32)
+    return Example(sample.id, empty, empty, np.zeros(0, bool), tuple(shown), category=int(answer))
+
+
+def _coin(*key: int) -> bool:
+    return bool(np.random.default_rng(key).random() < 0.5)
+
+
+def _listed(skipped: Sequence[Skipped], count: int = 5) -> str:
+    shown = [f"{item.source}/{item.id} ({item.reason})" for item in skipped[:count]]
+    return "; ".join(shown) + (f"; and {len(skipped) - count} more" if len(skipped) > count else "")

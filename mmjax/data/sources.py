@@ -1,0 +1,286 @@
+"""Data sets with random access: how a recipe's `Source` becomes samples and pictures.
+
+dataset = sources.open(Source(kind="llava", path="llava.json.gz", images="images-*.tar"))
+dataset[3]             -> Sample
+dataset.image("a.jpg") -> a picture, RGB
+"""
+
+from __future__ import annotations
+
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import mmap
+import os
+from typing import Any, Callable, Iterator, Mapping, Protocol
+
+import numpy as np
+from PIL import Image
+
+from mmjax import config
+from mmjax.data import images, messages, stores
+from mmjax.data.messages import PLACEHOLDER, BadSample, Sample
+from mmjax.errors import UserError
+
+
+class Dataset(Protocol):
+    """What the pipeline and evaluation read. Both methods may be called from several threads.
+
+    __getitem__ raises BadSample for a row that is no sample; image raises images.BrokenImage.
+    """
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def image(self, name: str) -> Image.Image: ...
+
+
+def open(source: config.Source) -> Dataset:
+    """The source's data set. Raises UserError for an unknown kind or option, or a file that is not there."""
+    if source.kind not in OPENERS:
+        near = difflib.get_close_matches(source.kind, OPENERS, 1)
+        raise UserError(
+            f"unknown kind of source {source.kind!r}{f' (nearest: {near[0]!r})' if near else ''}; "
+            f"there are {', '.join(OPENERS)}"
+        )
+    dataset = OPENERS[source.kind](source)
+    if not len(dataset):
+        raise UserError(f"the source {source.path or source.kind!r} has no samples")
+    return First(dataset, source.limit) if 0 < source.limit < len(dataset) else dataset
+
+
+def fingerprint(source: config.Source) -> str:
+    """A hash of everything that decides the source's samples, the bytes of its file included; not of its pictures."""
+    digest = hashlib.blake2b(repr((source.kind, source.limit, sorted(source.options.items()))).encode(), digest_size=16)
+    if source.path:
+        with io.open(source.path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+class Rows:
+    """The rows of a .json list or of a .jsonl file, plain or gzipped, held as text and parsed one by one."""
+
+    def __init__(self, path: str):
+        if not os.path.isfile(path):
+            raise UserError(f"there is no file {path!r}")
+        self.path = path
+        stem, opener = (path[:-3], gzip.open) if path.endswith(".gz") else (path, io.open)
+        with opener(path, "rb") as file:
+            try:
+                if stem.endswith(".json"):
+                    self._text: bytes | mmap.mmap
+                    self._text, self._lines = _lines_of_list(path, file.read().decode())
+                else:
+                    mapped = opener is io.open and os.path.getsize(path)
+                    self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
+                    self._lines = _lines(self._text)
+            except (OSError, EOFError, UnicodeDecodeError) as error:
+                raise UserError(f"{path}: cannot be read ({error})") from error
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Row `index` as an object. Raises BadSample."""
+        start, end = self._lines[index]
+        try:
+            row = json.loads(self._text[start:end])
+        except (ValueError, RecursionError) as error:
+            raise BadSample(self.id(index), "the row is not valid JSON") from error
+        if not isinstance(row, dict):
+            raise BadSample(self.id(index), "the row is not a JSON object")
+        return row
+
+    def id(self, index: int) -> str:
+        """What row `index` is called where it has no id of its own."""
+        return f"{os.path.basename(self.path)}:{index + 1}"
+
+
+class RowDataset:
+    """Samples made one for one from rows, pictures from a store."""
+
+    def __init__(self, path: str, images: str, convert: Callable[[Mapping[str, Any], str], Sample]):
+        self._arguments = path, images, convert
+        self._rows, self._store, self._convert = Rows(path), stores.open_store(images), convert
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._convert(self._rows[index], self._rows.id(index))
+
+    def image(self, name: str) -> Image.Image:
+        return _picture(self._store, name)
+
+    def __reduce__(self) -> tuple:
+        return RowDataset, self._arguments
+
+
+class Captions:
+    """Pictures with one or several captions: rows `{"id", "image", FIELD: "..." or ["...", ...]}`.
+
+    split   "train": one sample for each caption; "eval": one for each picture, all its captions are answers
+    prompt  what the user says beside the picture
+    field   where the captions are; "" = the first of `captions`, `caption` and `en` that a row has
+    """
+
+    def __init__(
+        self, path: str, images: str, split: str = "train", prompt: str = "Describe the image.", field: str = ""
+    ):
+        if split not in ("train", "eval"):
+            raise UserError(f"captions: unknown split {split!r}; there are train and eval")
+        self._arguments = path, images, split, prompt, field
+        self._rows, self._store = Rows(path), stores.open_store(images)
+        self._split, self._prompt, self._fields = split, prompt, (field,) if field else ("captions", "caption", "en")
+        self._samples = np.array(list(self._counted()), np.int64).reshape(-1, 2)  # row, caption
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        number, which = self._samples[index].tolist()
+        row = self._rows[number]
+        id, captions = str(row.get("id", self._rows.id(number))), self._captions(row)
+        if not captions or not isinstance(row.get("image"), str):
+            raise BadSample(id, f"the row has no `image` or none of {', '.join(self._fields)}")
+        shown = captions[which]
+        if self._split == "train":
+            id = f"{id}#{which}"
+        content = [{"type": "image", "path": row["image"]}, {"type": "text", "text": self._prompt}]
+        turns = [
+            {"role": "user", "content": content[: 2 if self._prompt else 1]},
+            {"role": "assistant", "content": shown},
+        ]
+        return Sample(id, messages.validated(turns, id), "caption", tuple(captions))
+
+    def image(self, name: str) -> Image.Image:
+        return _picture(self._store, name)
+
+    def _captions(self, row: Mapping[str, Any]) -> list[str]:
+        found: Any = next((row[field] for field in self._fields if row.get(field)), [])
+        found = [found] if isinstance(found, str) else found
+        return [str(caption).replace(PLACEHOLDER, "") for caption in found]
+
+    def _counted(self) -> Iterator[tuple[int, int]]:
+        for number in range(len(self._rows)):
+            try:
+                count = len(self._captions(self._rows[number]))
+            except BadSample:
+                count = 0
+            yield from ((number, which) for which in range(max(1, count if self._split == "train" else 1)))
+
+    def __reduce__(self) -> tuple:
+        return Captions, self._arguments
+
+
+class First:
+    """The first `count` samples of a data set."""
+
+    def __init__(self, dataset: Dataset, count: int):
+        self.dataset, self.count = dataset, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        return self.dataset[index]
+
+    def image(self, name: str) -> Image.Image:
+        return self.dataset.image(name)
+
+
+def _picture(store: stores.Store, name: str) -> Image.Image:
+    return images.decode(store.read(name))
+
+
+def _lines(text: Any) -> np.ndarray:
+    """Start and end of every line that is not blank, int64 [rows, 2]; `text` is bytes or a mapped file."""
+    spans, start, size = [], 0, len(text)
+    while start < size:
+        end = text.find(b"\n", start)
+        end = size if end < 0 else end
+        if text[start:end].strip():
+            spans.append((start, end))
+        start = end + 1
+    return np.array(spans, np.int64).reshape(-1, 2)
+
+
+def _lines_of_list(path: str, text: str) -> tuple[bytes, np.ndarray]:
+    """A JSON list as one text of rows and their places; element by element, so that no tree of objects is held."""
+    decoder, rows, at = json.JSONDecoder(), [], _skip(text, 0)
+    if text[at : at + 1] != "[":
+        raise UserError(f"{path}: is not a JSON list; one object to a line belongs into a .jsonl file")
+    try:
+        at = _skip(text, at + 1)
+        while text[at : at + 1] != "]":
+            start = at
+            _, at = decoder.raw_decode(text, at)
+            rows.append(text[start:at].encode())
+            at = _skip(text, at)
+            if text[at : at + 1] == ",":
+                at = _skip(text, at + 1)
+            elif text[at : at + 1] != "]":
+                raise ValueError
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: is not valid JSON after {len(rows)} rows") from error
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return b"".join(rows), np.stack([ends - [len(row) for row in rows], ends], 1) if rows else np.zeros(
+        (0, 2), np.int64
+    )
+
+
+def _skip(text: str, at: int) -> int:
+    """The place of the next character that is not JSON's white space."""
+    while at < len(text) and text[at] in " \t\n\r":
+        at += 1
+    return at
+
+
+def _rows_opener(convert: Callable[[Mapping[str, Any], str], Sample]) -> Callable[[config.Source], Dataset]:
+    def opened(source: config.Source) -> Dataset:
+        _known_options(source, ())
+        return RowDataset(source.path, source.images, convert)
+
+    return opened
+
+
+def _captions(source: config.Source) -> Dataset:
+    _known_options(source, ("split", "prompt", "field"))
+    return Captions(source.path, source.images, **source.options)
+
+
+def _digits(source: config.Source, **fixed: Any) -> Dataset:
+    from mmjax.data.digits import DigitScenes  # reads scikit-learn's data, which other recipes do not need
+
+    _known_options(source, ("split", "task", "size", "seed", "kinds"))
+    return DigitScenes(**{**source.options, **fixed})
+
+
+def _digit_facts(source: config.Source) -> Dataset:
+    return _digits(source, task="facts")
+
+
+def _known_options(source: config.Source, known: tuple[str, ...]) -> None:
+    for option in source.options:
+        if option not in known:
+            near = difflib.get_close_matches(option, known, 1)
+            raise UserError(
+                f"a source of kind {source.kind!r} has no option {option!r}"
+                + (f" (nearest: {near[0]!r})" if near else f"; it has {', '.join(known) or 'none'}")
+            )
+
+
+OPENERS: dict[str, Callable[[config.Source], Dataset]] = {
+    "llava": _rows_opener(messages.from_llava),
+    "messages": _rows_opener(messages.from_messages),
+    "captions": _captions,
+    "digits": _digits,
+    "digit_facts": _digit_facts,
+}
