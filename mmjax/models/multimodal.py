@@ -112,13 +112,15 @@ def classify(params: Params, config: ModelConfig, batch: Batch, run: Execution) 
     return logits.reshape(*pixels.shape[:-3], -1)
 
 
-def two_tower(params: Params, config: ModelConfig, images: jax.Array, tokens: jax.Array, run: Execution) -> dict[str, jax.Array]:
+def two_tower(
+    params: Params, config: ModelConfig, images: jax.Array, tokens: jax.Array, run: Execution, segments: jax.Array | None = None
+) -> dict[str, jax.Array]:
     """A contrastive model's outputs for pixels [n, height, width, channels] and tokens [m, length]: normalised `image_embeds` and
     `text_embeds`, `logits_per_image` [n, m] (arXiv 2103.00020, 2303.15343), and both towers' states."""
     states = vit.hidden_states(params["vision"], config.vision, normalise(config, images), run)
     pooled = vit.pooled(params["vision"], config.vision, states[-1])
     image = vit.project(params["vision"], config.vision, pooled)
-    text = text_tower.encode(params["text"], config.text, tokens, run)
+    text = text_tower.encode(params["text"], config.text, tokens, run, segments)
     image, sentence = (e / jnp.linalg.norm(e, axis=-1, keepdims=True) for e in (image, text["embedding"]))
     logits = jnp.exp(params["logit_scale"]) * (image @ sentence.T) + params.get("logit_bias", 0.0)
     return {
@@ -131,6 +133,7 @@ def two_tower(params: Params, config: ModelConfig, images: jax.Array, tokens: ja
         "text_states": text["states"],
         "text_last": text["last"],
         "text_pooled": text["pooled"],
+        "text_embedding": text["embedding"],
     }
 
 

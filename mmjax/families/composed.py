@@ -1,0 +1,86 @@
+"""The project's own layout, for what no published one can hold: `model_type` mmjax.
+
+The parts keep their published configs and tensor names, below `text_config` / `language_model.` and `vision_config` / `vision_tower.`; the
+connector is ours. Inputs and outputs are those of transformers' llava.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mmjax.errors import UserError
+from mmjax.families import llava, parts
+from mmjax.families.family import Config, Family
+from mmjax.families.fields import Fields
+from mmjax.families.keys import Rule, linear, norm, prefixed
+from mmjax.models import connectors
+from mmjax.models.config import ConnectorConfig, FeatureSpec, ModelConfig
+
+
+def _read(config: Config, where: str) -> ModelConfig:
+    fields = Fields(config, where)
+    text, image = fields.part("text_config", ""), fields.part("vision_config", "")
+    connector, features = fields.part("connector", ""), fields.part("features", "")
+    del connector["model_type"], features["model_type"]
+    try:
+        spec = FeatureSpec(**{**features, "layers": tuple(features["layers"])})
+        shape = ConnectorConfig(**connector)
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{where}: the connector or its features are not described as they must be: {error}") from error
+    tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
+    language = parts.language(text, f"{where}: text_config").read_config(text, f"{where}: text_config")
+    return dataclasses.replace(
+        tower,
+        llm=language.llm,
+        connector=shape,
+        features=spec,
+        image_mean=tuple(fields.need("image_mean")),
+        image_std=tuple(fields.need("image_std")),
+    )
+
+
+def _write(config: ModelConfig, base: Config) -> Config:
+    text, image = base["text_config"], base["vision_config"]
+    assert config.connector is not None
+    return {
+        **base,
+        "model_type": "mmjax",
+        "text_config": parts.language(text, "text_config").write_config(config, text),
+        "vision_config": parts.vision(image, "vision_config").write_config(config, image),
+        "connector": dataclasses.asdict(config.connector),
+        "features": dataclasses.asdict(config.features),
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+        "image_token_index": llava.placeholder(base),
+    }
+
+
+def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
+    assert config.connector is not None
+    text, image = foreign["text_config"], foreign["vision_config"]
+    return [
+        *prefixed("language_model.", parts.language(text, "text_config").rules(config, text)),
+        *prefixed("vision_tower.", parts.vision(image, "vision_config").rules(config, image)),
+        *connector_rules(config.connector),
+    ]
+
+
+def connector_rules(config: ConnectorConfig) -> list[Rule]:
+    """Every kind of connector under `connector.`, named as our leaves are."""
+    if config.kind == "residual_mlp":
+        halves = [f"{half}/{name}" for half in ("first", "second") for name in ("up", "down")]
+        table = [r for path in halves for r in linear(f"connector.{path.replace('/', '.')}", f"connector/{path}", config.bias)]
+        return table + norm("connector.norm", "connector/norm")
+    names = [f"layers_{i}" for i in range(len(connectors.widths(config)))]
+    return [r for name in names for r in linear(f"connector.{name}", f"connector/{name}", config.bias)]
+
+
+FAMILY = dataclasses.replace(
+    llava.FAMILY,
+    model_types=("mmjax",),
+    read_config=_read,
+    write_config=_write,
+    rules=_rules,
+    spellings=(),
+    modules=(),
+)

@@ -1,0 +1,276 @@
+"""Key tables: one list of rules between foreign tensors and our leaves, read in both directions.
+
+A rule names a foreign tensor and the leaf (or leaves) that it holds. `{i}` in the name stands for the layer: such tensors are
+the rows of one stacked leaf. `load` fills leaves from files, `tensors` makes foreign tensors from leaves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, Callable, Iterable, Mapping
+
+import jax
+import numpy as np
+
+from mmjax import tree
+from mmjax.checkpoints.safetensors import Stored, Tensor
+from mmjax.errors import UserError
+from mmjax.tree import Params
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """How a foreign tensor is laid out: its shape from ours, and the array in both directions (views where possible)."""
+
+    shape: Callable[[Shape], Shape]
+    ours: Callable[[np.ndarray], np.ndarray]
+    foreign: Callable[[np.ndarray], np.ndarray]
+
+
+same = Form(lambda shape: shape, lambda a: a, lambda a: a)
+transposed = Form(lambda shape: shape[::-1], lambda a: a.T, lambda a: a.T)
+"""torch's Linear: [out, in]; ours [in, out]."""
+convolution = Form(
+    lambda s: (s[3], s[2], s[0], s[1]), lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)
+)
+"""torch's Conv2d: [out, in, height, width]; ours [height, width, in, out]."""
+
+
+def patches(channels: int) -> Form:
+    """A convolution over square patches: [out, channels, p, p]; ours [p * p * channels, out], rows in (row, column, channel) order."""
+
+    def side(pixels: int) -> int:
+        return round((pixels // channels) ** 0.5)
+
+    return Form(
+        lambda s: (s[1], channels, side(s[0]), side(s[0])),
+        lambda a: a.transpose(2, 3, 1, 0).reshape(-1, a.shape[0]),
+        lambda a: a.reshape(side(a.shape[0]), side(a.shape[0]), channels, a.shape[1]).transpose(3, 2, 0, 1),
+    )
+
+
+def leading(ones: int) -> Form:
+    """The same behind so many axes of size 1."""
+    return Form(lambda s: (1,) * ones + s, lambda a: a.reshape(a.shape[ones:]), lambda a: a.reshape((1,) * ones + a.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """The foreign tensor(s) `name` hold the leaves `paths`, in this form, one after another on the foreign axis 0."""
+
+    name: str
+    paths: tuple[str, ...]
+    form: Form = same
+
+    @property
+    def stacked(self) -> bool:
+        return "{i}" in self.name
+
+
+def rule(name: str, *paths: str, form: Form = same) -> Rule:
+    return Rule(name, paths, form)
+
+
+def linear(name: str, path: str, bias: bool = True) -> list[Rule]:
+    """The rules of a torch Linear: `name`.weight and `name`.bias."""
+    rules = [rule(f"{name}.weight", f"{path}/kernel", form=transposed)]
+    return rules + [rule(f"{name}.bias", f"{path}/bias")] if bias else rules
+
+
+def norm(name: str, path: str, bias: bool = True) -> list[Rule]:
+    """The rules of a norm: `name`.weight and `name`.bias."""
+    rules = [rule(f"{name}.weight", f"{path}/scale")]
+    return rules + [rule(f"{name}.bias", f"{path}/bias")] if bias else rules
+
+
+def prefixed(prefix: str, rules: Iterable[Rule]) -> list[Rule]:
+    """The same rules for foreign names that begin with `prefix`."""
+    return [dataclasses.replace(r, name=prefix + r.name) for r in rules]
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """Where one row of one leaf is (or all of it, where it is not stacked): rows `start:stop` of the foreign tensor `name`."""
+
+    name: str
+    stacked: bool
+    start: int
+    stop: int
+    form: Form
+    shape: Shape  # of the whole foreign tensor
+
+
+def renamed(stored: Mapping[str, Stored], spellings: Iterable[tuple[str, str]]) -> dict[str, Stored]:
+    """The tensors under the names of the key table, whichever of its spellings the file uses.
+
+    spellings: (regular expression, replacement), applied in order. Raises UserError where two tensors become the same.
+    """
+    found: dict[str, Stored] = {}
+    for name, tensor in stored.items():
+        for pattern, replacement in spellings:
+            name = re.sub(pattern, replacement, name)
+        if name in found:
+            raise UserError(f"{tensor.file}: {found[name].name} and {tensor.name} are two spellings of the same tensor")
+        found[name] = tensor
+    return found
+
+
+def load(
+    stored: Mapping[str, Stored],
+    rules: list[Rule],
+    shapes: Params,
+    *,
+    dtype: Any,
+    shardings: Params | None = None,
+    copies: Mapping[str, str] = {},
+    unused: Iterable[str] = (),
+    where: str | Path = "",
+) -> Params:
+    """The leaves that the rules name, filled from the stored tensors.
+
+    Leaves are made one at a time, the largest first while memory is emptiest, each filled in place row by row and handed straight to its
+    devices; with shardings (a tree like `shapes`), each device's part is read on its own.
+
+    copies    foreign names that may be stored as well, as copies of others (tied weights); they must be equal
+    unused    regular expressions of foreign names that carry nothing (buffers)
+    Raises UserError with the lists of tensors that are missing, unexpected or of another shape.
+    """
+    flat = tree.flatten(shapes)
+    pieces = _pieces(rules, flat)
+    check(stored, rules, shapes, copies=copies, unused=unused, where=where)
+    places = tree.flatten(shardings) if shardings is not None else {}
+    leaves = {}
+    for path in sorted(pieces, key=lambda p: (-flat[p].size, p)):
+        leaves[path] = _leaf(stored, pieces[path], flat[path].shape, np.dtype(dtype), places.get(path))
+    return tree.unflatten({path: leaves[path] for path in flat if path in leaves})
+
+
+def check(
+    stored: Mapping[str, Stored],
+    rules: list[Rule],
+    shapes: Params,
+    *,
+    copies: Mapping[str, str] = {},
+    unused: Iterable[str] = (),
+    where: str | Path = "",
+) -> None:
+    """Raises UserError unless the stored tensors are exactly those that the rules need, in the right shapes."""
+    needed = {piece.name: piece.shape for row in _pieces(rules, tree.flatten(shapes)).values() for piece in row}
+    silent = [re.compile(pattern) for pattern in unused]
+    missing = sorted(name for name in needed if name not in stored)
+    extra = sorted(
+        tensor.name
+        for name, tensor in stored.items()
+        if name not in needed and name not in copies and not any(p.search(name) for p in silent)
+    )
+    wrong = sorted(
+        f"{stored[name].name} is {list(stored[name].shape)}, the config asks for {list(shape)}"
+        for name, shape in needed.items()
+        if name in stored and stored[name].shape != shape
+    )
+    untied = sorted(
+        f"{name} (the config ties it to {original})"
+        for name, original in copies.items()
+        if name in stored and original in stored and not _equal(stored[name], stored[original])
+    )
+    problems = [
+        f"  {title} ({len(names)}): " + "; ".join(names[:40]) + (" ..." if len(names) > 40 else "")
+        for title, names in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", wrong),
+            ("different from the weight they copy", untied),
+        )
+        if names
+    ]
+    if problems:
+        raise UserError("\n".join([f"the weights {f'in {where} ' if where else ''}do not fit the config:", *problems]))
+
+
+def tensors(params: Params, rules: list[Rule], dtype: Any = None) -> list[Tensor]:
+    """The foreign tensors of these leaves, made one at a time when they are written; in `dtype`, or as they are held.
+
+    Raises ValueError for a leaf that no rule names: nothing may be left out of a file silently.
+    """
+    flat = tree.flatten(params)
+    pieces = _pieces(rules, flat)
+    homeless = sorted(set(flat) - set(pieces))
+    if homeless:
+        raise ValueError(f"no key for the leaves {', '.join(homeless)}")
+    made = []
+    for r in rules:
+        for i in range(flat[r.paths[0]].shape[0]) if r.stacked else [None]:
+            name = r.name if i is None else r.name.replace("{i}", str(i))
+            piece = pieces[r.paths[0]][i or 0]
+            kind = np.dtype(dtype or flat[r.paths[0]].dtype)
+            made.append(Tensor(name, piece.shape, kind, _maker([flat[p] for p in r.paths], i, r.form, kind)))
+    return made
+
+
+def _maker(leaves: list[Any], i: int | None, form: Form, dtype: np.dtype) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        rows = [form.foreign(np.asarray(row(leaf, i))) for leaf in leaves]
+        whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
+        return np.asarray(whole, dtype)
+
+    return make
+
+
+def row(leaf: Any, i: int | None) -> Any:
+    """Layer i of a stacked leaf (the index is data, so that one compiled slice serves all layers)."""
+    if i is None or isinstance(leaf, np.ndarray):
+        return leaf if i is None else leaf[i]
+    return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+
+def _pieces(rules: list[Rule], flat: Mapping[str, Any]) -> dict[str, list[Piece]]:
+    """For each leaf, the pieces of its rows (one where it is not stacked)."""
+    found: dict[str, list[Piece]] = {}
+    for r in rules:
+        for path in r.paths:
+            if path in found:
+                raise ValueError(f"two rules fill {path}")
+            if path not in flat:
+                raise ValueError(f"rule {r.name} fills {path}, which the model does not have")
+        shapes = [r.form.shape(tuple(flat[path].shape[1 if r.stacked else 0 :])) for path in r.paths]
+        whole = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        start = 0
+        for path, shape in zip(r.paths, shapes):
+            stop = start + (shape[0] if shape else 1)
+            names = [r.name.replace("{i}", str(i)) for i in range(flat[path].shape[0])] if r.stacked else [r.name]
+            found[path] = [Piece(name, r.stacked, start, stop, r.form, whole) for name in names]
+            start = stop
+    return found
+
+
+def _leaf(stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype: np.dtype, sharding: Any) -> jax.Array:
+    made: dict[tuple, np.ndarray] = {}  # replicas ask for the same part again
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        key = tuple(s.indices(n) for s, n in zip(index, shape))
+        if key not in made:
+            out = np.empty([len(range(*bounds)) for bounds in key], dtype)
+            if pieces[0].stacked:
+                for row, layer in enumerate(range(*key[0])):
+                    out[row] = _read(stored, pieces[layer])[index[1:]]
+            else:
+                out[...] = _read(stored, pieces[0])[index]
+            made[key] = out
+        return made[key]
+
+    if sharding is None:
+        return jax.device_put(part((slice(None),) * len(shape)))
+    return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _read(stored: Mapping[str, Stored], piece: Piece) -> np.ndarray:
+    array = stored[piece.name].read()
+    return piece.form.ours(array[piece.start : piece.stop] if piece.shape else array)
+
+
+def _equal(a: Stored, b: Stored) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.read(), b.read())

@@ -1,0 +1,118 @@
+"""Inputs and outputs of language models as transformers names them.
+
+Inputs: `input_ids` [rows, length], `attention_mask` (1 = real), `position_ids`, `labels` (-100 = not predicted; shifted inside).
+Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, and `hidden_states_i` on request (0 = the
+embeddings, the last one after the final norm). What stands at padded positions means nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.batch import Batch
+from mmjax.errors import UserError
+from mmjax.families.family import Config, Inputs
+from mmjax.models import connectors, decoder, multimodal
+from mmjax.models.config import Execution, FeatureSpec, ModelConfig
+from mmjax.tree import Params
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
+IGNORED = -100
+
+
+def outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:
+    return run_language(params, text_batch(config, inputs), config=config, run=run, states=states)
+
+
+def prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+    return text_batch(config, inputs)
+
+
+def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = None) -> Batch:
+    """The batch of foreign inputs; every `placeholder` among the ids takes one media token, in order."""
+    if "input_ids" not in inputs:
+        raise UserError("input_ids are missing")
+    ids = inputs["input_ids"]
+    if ids.ndim != 2:
+        raise UserError(f"input_ids are [rows, length], not {list(ids.shape)}")
+    for name in INPUTS[1:]:
+        if name in inputs and inputs[name].shape != ids.shape:
+            raise UserError(f"{name} {list(inputs[name].shape)} and input_ids {list(ids.shape)} differ in shape")
+    mask = inputs.get("attention_mask", np.ones_like(ids)) != 0
+    is_media = (ids == placeholder) if placeholder is not None else np.zeros(ids.shape, bool)
+    assert config.llm is not None
+    outside = mask & ~is_media & ((ids < 0) | (ids >= config.llm.vocab_size))
+    if outside.any():
+        r, t = np.argwhere(outside)[0]
+        raise UserError(f"input_ids[{r}, {t}] = {ids[r, t]} is outside the vocabulary of {config.llm.vocab_size}")
+    counted = np.where(mask, np.cumsum(mask, 1) - 1, 0)
+    media = np.where(is_media, np.cumsum(is_media).reshape(ids.shape) - 1, -1)
+    return Batch(
+        tokens=np.where(mask & ~is_media, ids, 0).astype(np.int32),
+        segments=mask.astype(np.int32),
+        positions=inputs.get("position_ids", counted).astype(np.int32),
+        media=media.astype(np.int32),
+        **_targets(inputs["labels"] if "labels" in inputs else None),
+    )
+
+
+def _targets(labels: np.ndarray | None) -> dict[str, np.ndarray]:
+    if labels is None:
+        return {}
+    following = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORED)], 1)
+    supervised = following != IGNORED
+    return {"targets": np.where(supervised, following, 0).astype(np.int32), "weights": supervised.astype(np.float32)}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "run", "states"))
+def run_language(params: Params, batch: Batch, *, config: ModelConfig, run: Execution, states: bool) -> dict[str, jax.Array]:
+    """All outputs of the LLM for a batch, and of the encoder and connector where there are images:
+    `image_features` [images, positions, width] for each feature layer, as the encoder gives them (class token included), and
+    `connector_output` [images, tokens, LLM width]."""
+    found = {}
+    if batch.images is not None:
+        features, connected = media_features(params, config, batch, run)
+        names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
+        found.update(zip(names, features))
+        batch = dataclasses.replace(batch, images=None, features=connected[None])
+        found["connector_output"] = connectors.connect(params["connector"], config.connector, connected, config.adapters)
+    embedded = multimodal.embed(params, config, batch, run)
+    assert config.llm is not None
+    decoded = decoder.decode(
+        params["llm"],
+        config.llm,
+        embedded,
+        segments=batch.segments,
+        positions=batch.positions,
+        run=run,
+        adapters=config.adapters,
+        return_states=states,
+    )
+    logits = decoder.head(params["llm"], config.llm, decoded.last)
+    found.update(inputs_embeds=embedded, logits=logits, last_hidden_state=decoded.last)
+    if batch.targets is not None:
+        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+        found["loss"] = (losses * batch.weights).sum() / batch.weights.sum()
+    if states:
+        found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers + 1)})
+    return found
+
+
+def media_features(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution
+) -> tuple[list[jax.Array], jax.Array]:
+    """The encoder's states of the feature layers with the class token, and what the connector reads of them."""
+    spec = FeatureSpec(config.features.layers, keep_class_token=True, post_norm=config.features.post_norm)
+    whole = multimodal.vision_features(params, _with(config, spec), batch.images, run)[0]
+    layers = jnp.split(whole, len(spec.layers), -1)
+    drop = getattr(config.vision, "class_token", False) and not config.features.keep_class_token
+    return layers, whole[:, 1:] if drop else whole
+
+
+def _with(config: ModelConfig, features: FeatureSpec) -> ModelConfig:
+    return dataclasses.replace(config, features=features)

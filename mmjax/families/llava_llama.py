@@ -1,0 +1,228 @@
+"""LLaVA in its authors' own layout (github.com/haotian-liu/LLaVA): `model_type` llava_llama or llava_mistral.
+
+`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order, one also by every row without any.
+The vision tower is often published apart: the config names it in `mm_vision_tower`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.batch import Batch
+from mmjax.errors import UserError
+from mmjax.families import language, llava, parts, vision
+from mmjax.families.family import Config, Family, Inputs
+from mmjax.families.fields import Fields
+from mmjax.families.keys import Rule, linear, prefixed
+from mmjax.models import connectors
+from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, ModelConfig, ViTConfig
+from mmjax.tree import Params
+
+IMAGE = -200
+IGNORED = language.IGNORED
+LANGUAGE = {"llava_llama": "llama", "llava": "llama", "llava_mistral": "mistral", "llava_qwen": "qwen2"}
+ARCHITECTURES = {
+    "llava_llama": "LlavaLlamaForCausalLM",
+    "llava_mistral": "LlavaMistralForCausalLM",
+    "llava_qwen": "LlavaQwenForCausalLM",
+}
+
+
+def text_config(config: Config) -> Config:
+    """The language model's own config, whose fields stand among LLaVA's."""
+    return {**config, "model_type": LANGUAGE[config["model_type"]]}
+
+
+def _read(config: Config, where: str) -> ModelConfig:
+    fields = Fields(config, where)
+    fields.only("mm_patch_merge_type", "flat")
+    fields.only("s2", False)
+    fields.only("mm_resampler_type")
+    if str(fields.get("image_aspect_ratio", "")).startswith("anyres"):
+        raise UserError(f"{where}: image_aspect_ratio = {config['image_aspect_ratio']!r} is not supported (only pad, square)")
+    text = text_config(config)
+    llm = parts.language(text, where).read_config(text, where).llm
+    image = vision_config(config, where)
+    tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
+    assert llm is not None and isinstance(tower.vision, ViTConfig)
+    select = fields.get("mm_vision_select_feature", "patch")
+    if select not in ("patch", "cls_patch"):
+        raise UserError(f"{where}: mm_vision_select_feature = {select!r} is not supported (only patch, cls_patch)")
+    keeps = select == "cls_patch"
+    if fields.get("mm_hidden_size", tower.vision.feature_width) != tower.vision.feature_width:
+        raise UserError(f"{where}: mm_hidden_size is {config['mm_hidden_size']}, the vision tower's is {tower.vision.feature_width}")
+    kind, depth = projector(fields.get("mm_projector_type", "linear"), where)
+    return ModelConfig(
+        llm=llm,
+        vision=tower.vision,
+        connector=ConnectorConfig(
+            kind=kind,  # type: ignore[arg-type]
+            depth=depth,
+            in_width=tower.vision.feature_width,
+            out_width=llm.block.width,
+            positions=tower.vision.positions + (keeps and tower.vision.class_token),
+        ),
+        features=FeatureSpec(layers=(fields.get("mm_vision_select_layer", -2),), keep_class_token=keeps),
+        image_mean=tower.image_mean,
+        image_std=tower.image_std,
+    )
+
+
+def projector(name: str, where: str) -> tuple[str, int]:
+    """LLaVA's name of a connector -> our kind and depth: linear, identity, mlpNx_gelu."""
+    found = re.fullmatch(r"mlp(\d+)x_gelu", name)
+    if found:
+        return "mlp", int(found[1])
+    if name in ("linear", "identity"):
+        return name, 1
+    raise UserError(f"{where}: mm_projector_type = {name!r} is not supported (only linear, identity, mlpNx_gelu)")
+
+
+def vision_config(config: Config, where: str) -> Config:
+    """The tower's config. `mmjax.published.complete` puts it where the file leaves it out."""
+    if not config.get("vision_config"):
+        raise UserError(f"{where} has no vision_config, and the tower that it names ({config.get('mm_vision_tower')}) was not found")
+    return {"model_type": "clip_vision_model", **config["vision_config"]}
+
+
+def expressible(config: ModelConfig) -> str:
+    """Why this layout cannot hold a model; "" if it can."""
+    c = config.connector
+    if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
+        return "it needs a language model, a vision transformer and a connector"
+    if c.kind not in ("linear", "mlp", "identity") or c.hidden_width not in (0, c.out_width) or not c.bias or c.activation != "gelu":
+        return "its connector is linear, the identity or mlpNx_gelu, as wide as the language model and with biases"
+    if config.features.post_norm or len(config.features.layers) != 1:
+        return "its connector reads one of the encoder's states, before the last norm"
+    return ""
+
+
+def _write(config: ModelConfig, base: Config) -> Config:
+    why = expressible(config)
+    if why:
+        raise UserError(f"the model does not fit LLaVA's original layout: {why}")
+    c = config.connector
+    assert c is not None and isinstance(config.vision, ViTConfig)
+    text = text_config(base)
+    family = parts.language(text, "the model's config")
+    image = vision_config(base, "the model's config")
+    return {
+        **family.write_config(config, text),
+        "architectures": base.get("architectures") or [ARCHITECTURES[base["model_type"]]],
+        "model_type": base["model_type"],
+        "mm_hidden_size": config.vision.feature_width,
+        "mm_projector_type": f"mlp{c.depth}x_gelu" if c.kind == "mlp" else c.kind,
+        "mm_vision_select_feature": "cls_patch" if config.features.keep_class_token else "patch",
+        "mm_vision_select_layer": config.features.layers[0],
+        "use_mm_proj": True,
+        "vision_config": parts.vision(image, "vision_config").write_config(config, image),
+    }
+
+
+def projector_rules(config: ConnectorConfig) -> list[Rule]:
+    """`mm_projector` of the original layout: one Linear, or a Sequential whose odd places are activations."""
+    if config.kind == "linear":
+        return linear("model.mm_projector", "connector/layers_0")
+    places = range(len(connectors.widths(config)))
+    return [r for i in places for r in linear(f"model.mm_projector.{2 * i}", f"connector/layers_{i}")]
+
+
+def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
+    assert config.connector is not None
+    text, image = text_config(foreign), vision_config(foreign, "the model's config")
+    return [
+        *parts.language(text, "the model's config").rules(config, text),
+        *projector_rules(config.connector),
+        *prefixed("model.vision_tower.vision_tower.", parts.vision(image, "vision_config").rules(config, image)),
+    ]
+
+
+def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+    return splice(config, foreign, inputs)[0]
+
+
+def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch, np.ndarray]:
+    """The batch with every -200 replaced by its image's tokens, and its labels [rows, length].
+
+    Rows are cut to `tokenizer_model_max_length` and padded on `tokenizer_padding_side`. Raises UserError where images and ids do not agree.
+    """
+    if "input_ids" not in inputs:
+        raise UserError("input_ids are missing")
+    ids = inputs["input_ids"]
+    mask = inputs.get("attention_mask", np.ones_like(ids)) != 0
+    labels = inputs.get("labels", np.full_like(ids, IGNORED))
+    images = vision.pixels(inputs, "images") if "images" in inputs else None
+    tokens, longest = config.tokens_per_tile, foreign.get("tokenizer_model_max_length")
+    rows, image = [], 0
+    for row, keep, targets in zip(ids, mask, labels):
+        row, targets = row[keep], targets[keep]
+        marks = np.nonzero(row == IMAGE)[0]
+        at = np.repeat(np.arange(len(row)), np.where(row == IMAGE, tokens, 1))
+        is_media = row[at] == IMAGE
+        media = np.full(len(at), -1)
+        media[is_media] = image * tokens + np.arange(is_media.sum())
+        # A row without images still takes one and uses none of it, as in the authors' code.
+        image += max(len(marks), 1) if images is not None else len(marks)
+        spliced = np.where(is_media, 0, row[at]), np.where(is_media, IGNORED, targets[at]), media
+        rows.append([field[:longest] for field in spliced])
+    if image != (0 if images is None else len(images)):
+        raise UserError(
+            f"input_ids ask for {image} images (one for each {IMAGE}, and one for each row that has none), but "
+            f"{0 if images is None else len(images)} are given"
+        )
+    length = max(len(row[0]) for row in rows)
+    left = foreign.get("tokenizer_padding_side", "right") == "left"
+
+    def padded(field: int, fill: int) -> np.ndarray:
+        out = np.full((len(rows), length), fill, np.int32)
+        for line, row in zip(out, rows):
+            n = len(row[field])
+            line[length - n if left else 0 : length if left else n] = row[field]
+        return out
+
+    real = padded(2, -2) != -2
+    spliced_labels = padded(1, IGNORED)
+    text = language.text_batch(
+        config,
+        {"input_ids": padded(0, 0), "attention_mask": real.astype(np.int32)}
+        | ({"labels": spliced_labels} if "labels" in inputs else {}),
+    )
+    text = dataclasses.replace(text, media=np.where(real, padded(2, -1), -1).astype(np.int32))
+    return llava.with_images(text, images), spliced_labels
+
+
+def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict[str, Any]:
+    rows, labels = splice(config, foreign, inputs)
+    found: dict[str, Any] = language.run_language(params, rows, config=config, run=run, states=states)
+    assert isinstance(config.vision, ViTConfig)
+    if "image_features" in found and config.vision.class_token and not config.features.keep_class_token:
+        found["image_features"] = found["image_features"][:, 1:]
+    real = np.asarray(rows.segments)
+    found["inputs_embeds"] = jax.numpy.where(real[..., None] > 0, found["inputs_embeds"], 0)
+    found["spliced_attention_mask"] = real
+    if "labels" in inputs:
+        found["spliced_labels"] = labels
+    return found
+
+
+FAMILY = Family(
+    model_types=tuple(LANGUAGE),
+    read_config=_read,
+    write_config=_write,
+    rules=_rules,
+    inputs=("input_ids", "attention_mask", "labels", "images"),
+    outputs=_outputs,
+    prompt=batch,
+    spellings=(
+        (r"^model\.vision_tower\.vision_tower\." + llava.TOWER, "model.vision_tower.vision_tower.vision_model."),
+        (r"^mm_projector\.", "model.mm_projector."),
+    ),
+    copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.llm and config.llm.tied_head else {},
+    external=lambda config: {"vision": config["mm_vision_tower"]} if config.get("mm_vision_tower") else {},
+    unneeded=("vision/head/**", "vision/projection/**"),
+)

@@ -1,0 +1,91 @@
+"""Phi-1.5 and Phi-2 (arXiv 2309.05463) in transformers' layout: parallel blocks, part of each head rotated, biases everywhere."""
+
+from __future__ import annotations
+
+from mmjax.families import language
+from mmjax.families.family import Config, Family
+from mmjax.families.fields import Fields, activation_name
+from mmjax.families.keys import Rule, linear, norm, rule
+from mmjax.families.rope import read_rope, write_rope
+from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
+
+ROTATED = 0.5  # share of a head's channels, where a config says nothing
+
+
+def _read(config: Config, where: str) -> ModelConfig:
+    fields = Fields(config, where)
+    fields.only("qk_layernorm", False)
+    fields.only("quantization_config")
+    fields.only("tie_word_embeddings", False)
+    width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
+    return ModelConfig(
+        llm=DecoderConfig(
+            vocab_size=fields.need("vocab_size"),
+            layers=fields.need("num_hidden_layers"),
+            block=BlockConfig(
+                width=width,
+                heads=heads,
+                kv_heads=fields.get("num_key_value_heads", heads),
+                head_dim=width // heads,
+                mlp_width=fields.need("intermediate_size"),
+                activation=fields.activation("hidden_act", "gelu_new"),
+                norm="layer",
+                norm_eps=fields.get("layer_norm_eps", 1e-5),
+                gated_mlp=False,
+                qkv_bias=True,
+                output_bias=True,
+                mlp_bias=True,
+                rope=read_rope(fields, fraction=ROTATED, partial=True),
+                parallel=True,
+            ),
+            max_positions=fields.get("max_position_embeddings", 2048),
+            head_bias=True,
+        )
+    )
+
+
+def _write(config: ModelConfig, base: Config) -> Config:
+    assert config.llm is not None and config.llm.block.rope is not None
+    decoder, block = config.llm, config.llm.block
+    written: Config = {
+        **base,
+        "architectures": base.get("architectures") or ["PhiForCausalLM"],
+        "model_type": "phi",
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": block.width,
+        "intermediate_size": block.mlp_width,
+        "num_hidden_layers": decoder.layers,
+        "num_attention_heads": block.heads,
+        "num_key_value_heads": block.kv_heads,
+        "hidden_act": activation_name(block.activation, base.get("hidden_act", "gelu_new")),
+        "layer_norm_eps": block.norm_eps,
+        "max_position_embeddings": decoder.max_positions,
+        "tie_word_embeddings": False,
+    }
+    if not base or read_rope(Fields(base), fraction=ROTATED, partial=True) != block.rope:
+        for old in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
+            written.pop(old, None)
+        written["rope_parameters"] = {"partial_rotary_factor": block.rope.fraction, **write_rope(block.rope)}
+    return written
+
+
+def rules(config: ModelConfig, foreign: Config) -> list[Rule]:
+    assert config.llm is not None
+    layer, ours = "model.layers.{i}.", "llm/layers/"
+    table = [rule("model.embed_tokens.weight", "llm/embed/embedding")]
+    table += norm(layer + "input_layernorm", ours + "attention_norm")
+    for theirs, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("dense", "output")):
+        table += linear(f"{layer}self_attn.{theirs}", f"{ours}attention/{name}")
+    table += linear(layer + "mlp.fc1", ours + "mlp/up") + linear(layer + "mlp.fc2", ours + "mlp/down")
+    return table + norm("model.final_layernorm", "llm/final_norm") + linear("lm_head", "llm/head")
+
+
+FAMILY = Family(
+    model_types=("phi",),
+    read_config=_read,
+    write_config=_write,
+    rules=rules,
+    inputs=language.INPUTS,
+    outputs=language.outputs,
+    prompt=language.prompt,
+)
