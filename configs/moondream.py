@@ -7,7 +7,7 @@ What it is     SigLIP-so400m with its final norm (27 x 27 patches, all become to
                then x + MLP(x) through 8192), Phi-1.5. `<image>` and `</image>` stand as text around the picture.
 Stages         pretrain   connector alone on 558K captions
                finetune   connector and LLM on the LLaVA-1.5 mixture
-Trained        59,799,552 (pretrain); the LLM's 1,418,270,720 beside them (finetune).
+Trained        59,793,408 (pretrain); the LLM's 1,418,270,720 beside them (finetune).
 Results (as published)   VQAv2 74.3, GQA 56.3, VizWiz 30.3, TextVQA 39.8.
 
 Not published, so chosen here: the stages and their settings, which are LLaVA-1.5's (it was trained on LLaVA's data).

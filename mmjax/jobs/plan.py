@@ -1,0 +1,121 @@
+"""--job=plan: what a recipe would take, from shapes alone: parameters, what each stage trains, bytes, FLOPs. Reads no weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from mmjax import flops, tree
+from mmjax.assembly import model_config
+from mmjax.config import Recipe, Stage
+from mmjax.models import multimodal
+from mmjax.models.config import ModelConfig
+from mmjax.results import record
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.state import state_shapes
+from mmjax.training.trainable import select, shapes
+from mmjax.tree import Params
+
+
+def run(recipe: Recipe, workdir: Path) -> None:
+    """Prints the tables and writes their figures to WORKDIR/results.json. Raises UserError for what does not fit together."""
+    config = model_config(recipe)
+    params = multimodal.shapes(config)
+    figures: dict[str, float] = {"parameters": _count(params)}
+    figures |= {f"parameters_{part}": n for part, n in _parts(params).items()}
+    print(f"{recipe.name}: {figures['parameters']:,} parameters\n")
+    print(_table(["part", "parameters", f"bytes in {recipe.model.dtype}"], _part_rows(params, recipe.model.dtype)))
+    rows = []
+    for name in recipe.run:
+        figured = stage_figures(config, params, recipe.stages[name], recipe.model.dtype, f"stages.{name}")
+        figures |= {f"{key}_{name}": value for key, value in figured.items()}
+        rows.append([name, *(_shown(key, value) for key, value in figured.items())])
+    print(_table(["stage", *(key.replace("_", " ") for key in _COLUMNS)], rows))
+    print(f"FLOPs: {flops.CONVENTION}. A sample is a picture and its text: a row, or its share of a packed row full of pictures.")
+    record(workdir, figures)
+
+
+_COLUMNS = (
+    "trainable",
+    "bytes_parameters",
+    "bytes_gradients",
+    "bytes_optimizer",
+    "tokens_per_sample",
+    "flops_per_sample",
+    "flops_per_step",
+)
+
+
+def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str, key: str) -> dict[str, float]:
+    """The figures of `_COLUMNS` for one stage. `dtype`: of frozen weights; `key` names the stage in errors.
+
+    Every position that is not the picture's is taken to be supervised, and every row to be full.
+    """
+    selection = select(params, stage.trainable, f"{key}.trainable")
+    trainable = shapes(params, selection, stage.param_dtype)
+    # the number of steps bends the schedule, not the state
+    optimizer = make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
+    state = state_shapes(trainable, optimizer)
+    trained = selection.count(params)
+    per_row = max(1, stage.tiles) if stage.packing else 1
+    length = stage.length / per_row
+    media = config.tokens_per_tile if stage.objective == "language" and stage.tiles else 0
+    cost = flops.training_flops(config, selection, stage.objective)
+    encoded = not stage.cache_features
+    if stage.objective == "classify":
+        length, per_row = 0.0, 1
+        parts = cost.count([], 0, 1, encoded)
+    else:
+        parts = cost.count([length], max(0.0, length - media), 1 if stage.tiles else 0, encoded)
+    per_sample = sum(parts.values())
+    figures = (
+        trained,
+        (_count(params) - trained) * jnp.dtype(dtype).itemsize + _bytes(state.trainable),
+        _bytes(state.trainable),
+        _bytes(state.optimizer),
+        length,
+        per_sample,
+        per_sample * per_row * stage.rows,
+    )
+    return dict(zip(_COLUMNS, figures, strict=True))
+
+
+def _parts(params: Params) -> dict[str, int]:
+    """Part -> parameters, adapters apart."""
+    parts: dict[str, int] = {}
+    for path, leaf in tree.flatten(params).items():
+        part = "adapters" if "/adapters/" in path else path.split("/")[0]
+        parts[part] = parts.get(part, 0) + math.prod(leaf.shape)
+    return parts
+
+
+def _part_rows(params: Params, dtype: str) -> list[list[str]]:
+    size = jnp.dtype(dtype).itemsize
+    return [[part, f"{n:,}", _shown("bytes", n * size)] for part, n in _parts(params).items()]
+
+
+def _count(params: Params) -> int:
+    return sum(math.prod(leaf.shape) for leaf in tree.flatten(params).values())
+
+
+def _bytes(leaves: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(leaves))
+
+
+def _shown(key: str, value: float) -> str:
+    if "bytes" in key:
+        return f"{value / 2**30:,.2f} GiB" if value >= 2**27 else f"{value / 2**20:,.2f} MiB"
+    if "flops" in key:
+        return f"{value / 1e12:,.2f} T" if value >= 1e11 else f"{value / 1e9:,.4f} G"
+    return f"{value:,.0f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns in line, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    lines = [[cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))] for row in (header, *rows)]
+    return "\n".join("  ".join(line).rstrip() for line in lines) + "\n"
