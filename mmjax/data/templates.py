@@ -127,7 +127,7 @@ class Template:
         special: dict[str, Any] = dict(self.special)
         try:
             with _LOCK:
-                texts, spans = render_jinja_template(
+                result: Any = render_jinja_template(
                     [plain],  # type: ignore[list-item]
                     chat_template=self.jinja,
                     return_assistant_tokens_mask=marked,
@@ -136,6 +136,7 @@ class Template:
                 )
         except TemplateError as error:
             raise UserError(f"the template {self.name!r} refuses this conversation: {error}") from error
+        texts, spans = result
         return texts[0], spans[0] if marked else []
 
 
@@ -198,7 +199,7 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase, system: str | None) -> Tem
     if system is not None:
         raise UserError("model.system cannot change a tokenizer's own template; put a system message into the data")
     special = tuple((key, str(value)) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
-    template = Template("tokenizer", jinja, (), lists=False, special=special, ends=tuple(tokenizer.all_special_tokens))
+    template = Template("tokenizer", jinja, (), lists=False, special=special, ends=_marks(tokenizer))
     probe = "is anybody there"
     try:
         seen, _ = dataclasses.replace(template, lists=True)._run(_ask([{"type": "text", "text": probe}]), False)
@@ -213,7 +214,7 @@ def _marker(template: Template, tokenizer: PreTrainedTokenizerBase, without: str
     """What a template that reads lists of parts writes for an image; PLACEHOLDER where it knows no images."""
     parts = [{"type": "image"}, {"type": "text", "text": probe}]
     shown, _ = dataclasses.replace(template, lists=True)._run(_ask(parts), False)
-    candidates = [getattr(tokenizer, "image_token", None), PLACEHOLDER, *_MARKERS, *tokenizer.all_special_tokens]
+    candidates = [getattr(tokenizer, "image_token", None), PLACEHOLDER, *_MARKERS, *_marks(tokenizer)]
     return next((mark for mark in candidates if mark and mark in shown and mark not in without), PLACEHOLDER)
 
 
@@ -223,6 +224,11 @@ def _stops(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str,
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     after = template._run([*_ask([{"type": "text", "text": "hello"}]), reply], False)[0].rpartition(answer)[2].strip()
     return tuple(dict.fromkeys(stop for stop in (after, tokenizer.eos_token) if stop))
+
+
+def _marks(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """The tokens that were added to the tokenizer beside its learned vocabulary."""
+    return tuple(mark for mark in tokenizer.get_added_vocab() if mark.strip())
 
 
 def _ask(parts: list[dict[str, Any]]) -> list[Message]:
