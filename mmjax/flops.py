@@ -82,11 +82,11 @@ def training_flops(
     per_token: dict[str, float] = collections.defaultdict(float)
     per_supervised: dict[str, float] = collections.defaultdict(float)
     for path, shape in shapes.items():
+        if not _is_matmul(path, config):
+            continue
         rows, table = _rows(path, config, objective), per_tile
         if path.startswith("llm/"):
             rows, table = 1.0, per_supervised if _is_head(path, config) else per_token
-        if not rows or not _is_matmul(path, config):
-            continue
         stacked = _is_stacked(path)
         for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
             forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
@@ -137,7 +137,7 @@ def _site(path: str, layer: float) -> Site:
         return (1, 0.0)
     if second == "layers":
         return (0, float(layer))
-    return (0, -1.0 if second in ("patch", "positions", "class_embedding", "pre_norm", "stem") else math.inf)
+    return (0, math.inf if second in ("post_norm", "pool", "projection", "head") else -1.0)
 
 
 def _trained(shapes: dict[str, tuple[int, ...]], selection: Selection) -> set[tuple[str, int]]:

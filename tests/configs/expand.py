@@ -1,0 +1,53 @@
+"""The recipes fully expanded, one JSON file each, so that a changed default shows in review.
+
+python -m tests.configs.expand      writes tests/configs/expanded/*.json anew
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+ROOT = Path(__file__).resolve().parents[2]
+EXPANDED = Path(__file__).parent / "expanded"
+ARGUMENTS = {
+    "llava15": ("", "13b", "lora"),
+    "llava_v1": ("", "7b"),
+    "doubutsu": ("", "concat", "pooled"),
+    "continue_from_hf": ("", "full"),
+}
+
+
+def variants() -> list[tuple[str, str]]:
+    """(recipe, config argument) of every file in configs/, with the arguments that change more than a size of data."""
+    names = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+    return [(name, argument) for name in names for argument in ARGUMENTS.get(name, ("",))]
+
+
+def config(name: str, argument: str) -> ConfigDict:
+    """What the recipe's file hands to the command."""
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "configs" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument)
+
+
+def path(name: str, argument: str) -> Path:
+    return EXPANDED / (f"{name}__{argument}.json" if argument else f"{name}.json")
+
+
+def text(name: str, argument: str) -> str:
+    return json.dumps(config(name, argument).to_dict(), indent=1) + "\n"
+
+
+if __name__ == "__main__":
+    EXPANDED.mkdir(exist_ok=True)
+    for old in EXPANDED.glob("*.json"):
+        old.unlink()
+    for variant in variants():
+        path(*variant).write_text(text(*variant))
+        print(path(*variant).relative_to(ROOT))
