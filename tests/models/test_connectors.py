@@ -1,0 +1,110 @@
+"""Connectors against torch, their initialisation, and adapters on every part."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax import tree
+from mmjax.models import adapters, connectors, multimodal
+from mmjax.models.config import ConnectorConfig, Execution, LoraConfig
+from tests.models import tiny
+
+torch = pytest.importorskip("torch")
+
+KINDS = {
+    "linear": ConnectorConfig("linear", 6, 8, 4),
+    "mlp2x": ConnectorConfig("mlp", 6, 8, 4),
+    "mlp3x": ConnectorConfig("mlp", 6, 8, 4, depth=3, hidden_width=10),
+    "pooled": ConnectorConfig("pooled_mlp", 6, 8, 4, pooled_tokens=3),
+    "concat": ConnectorConfig("concat", 6, 8, 5, group=2, depth=1),
+    "residual": ConnectorConfig("residual_mlp", 6, 8, 4, hidden_width=10),
+    "identity": ConnectorConfig("identity", 8, 8, 4),
+}
+
+
+def in_torch(params, config, x):
+    """The same connector written with torch's own layers."""
+
+    def linear(leaf, y):
+        return torch.nn.functional.linear(y, torch.tensor(leaf["kernel"].T), torch.tensor(leaf["bias"]))
+
+    gelu = torch.nn.functional.gelu
+    x = torch.tensor(x)
+    if config.kind == "residual_mlp":
+        norm = params["norm"]
+        x = linear(params["first"]["down"], gelu(linear(params["first"]["up"], x)))
+        x = torch.nn.functional.layer_norm(x, (8,), torch.tensor(norm["scale"]), torch.tensor(norm["bias"]))
+        return x + linear(params["second"]["down"], gelu(linear(params["second"]["up"], x)))
+    if config.kind == "pooled_mlp":
+        x = x.mean(1)
+    if config.kind == "concat":
+        x = torch.stack([torch.cat([x[:, 0], x[:, 1]], -1), torch.cat([x[:, 2], x[:, 3]], -1)], 1)
+    for i in range(len(params)):
+        x = linear(params[f"layers_{i}"], x if i == 0 else gelu(x))
+    return x.reshape(2, 3, 8) if config.kind == "pooled_mlp" else x
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_equal_to_torch(name):
+    config = KINDS[name]
+    shapes = jax.eval_shape(lambda: connectors.init(tiny.key(), config))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), shapes)
+    x = rng.normal(size=(2, config.positions, config.in_width)).astype(np.float32)
+    got = connectors.connect(params, config, x)
+    assert got.shape == (2, config.tokens, 8)
+    np.testing.assert_allclose(got, in_torch(params, config, x), rtol=1e-4, atol=1e-5)
+
+
+def test_fresh_weights_are_torch_defaults():
+    params = connectors.init(tiny.key(), ConnectorConfig("mlp", 400, 300, 4))
+    for leaf, inputs in ((params["layers_0"], 400), (params["layers_1"], 300)):
+        for values in leaf.values():
+            assert 0.9 * inputs**-0.5 < np.abs(values).max() <= inputs**-0.5
+
+
+def test_features_of_another_shape_are_refused():
+    with pytest.raises(ValueError, match="made for features of 4 positions x 6 channels, the encoder gives 9 x 6"):
+        connectors.connect({}, KINDS["linear"], jnp.ones((1, 9, 6)))
+
+
+def test_lora_at_init_equals_the_base_and_merged_equals_unmerged():
+    everywhere = LoraConfig("a", 3, 6.0, ("llm/layers/**", "vision/layers/**", "connector/*"), rank_stabilised=True)
+    base = tiny.model_config()
+    config = tiny.model_config(adapters=(everywhere, LoraConfig("b", 2, 2.0, ("llm/layers/attention/{query,value}",))))
+    params = tiny.random_params(base)
+    adapted = adapters.add_lora(tiny.key(), params, config)
+    batch = tiny.rows([[9], [7]], 9)
+    run = Execution()
+
+    def states(params, config):
+        return multimodal.hidden(params, config, batch, run)
+
+    np.testing.assert_array_equal(states(adapted, config), states(params, base))
+    flat = tree.flatten(adapted)
+    rng = np.random.default_rng(0)
+    trained = {k: rng.normal(size=v.shape).astype(np.float32) * 0.1 if "lora_b" in k else v for k, v in flat.items()}
+    trained = tree.unflatten(trained)
+    merged = adapters.merge_lora(trained, config)
+    assert set(tree.flatten(merged)) == set(tree.flatten(params))
+    want = states(trained, config)
+    assert np.abs(want - states(params, base)).max() > 1e-2
+    np.testing.assert_allclose(states(merged, base), want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_target_that_matches_nothing_is_named():
+    config = tiny.model_config(adapters=(LoraConfig("x", 2, 2.0, ("llm/layers/attention/q_proj",)),))
+    with pytest.raises(ValueError, match="q_proj.*matches no linear layer"):
+        multimodal.shapes(config)
+
+
+def test_dropout_acts_in_training_only_and_follows_its_key():
+    config = tiny.model_config(adapters=(LoraConfig("d", 4, 8.0, ("llm/layers/**",), dropout=0.5),))
+    params, batch, run = tiny.random_params(config), tiny.rows([[9]], 9), Execution()
+    a, b, c = (multimodal.hidden(params, config, batch, run, jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 1e-3
+    plain = multimodal.hidden(params, config, batch, run)
+    np.testing.assert_array_equal(plain, multimodal.hidden(params, config, batch, run))
+    assert np.abs(a - plain).max() > 1e-3
