@@ -16,6 +16,7 @@ from typing import Any, Iterator, Mapping, Protocol, Sequence
 
 import grain
 import numpy as np
+from absl import flags
 
 from mmjax import config
 from mmjax.batch import Batch
@@ -146,6 +147,8 @@ class Pipeline:
         options = grain.ReadOptions(num_threads=self.loader.threads, prefetch_buffer_size=self.loader.prefetch)
         iterable = loaded.to_iter_dataset(options)
         if self.loader.workers:
+            if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, also where no command line was
+                flags.FLAGS.mark_as_parsed()
             iterable = iterable.mp_prefetch(grain.MultiprocessingOptions(self.loader.workers))
         for fields, info in iterable:
             self._count(info)
