@@ -69,39 +69,52 @@ class Encoder:
             segments = self.template.segments(sample.messages, generation_prompt)
         except UserError as error:
             raise BadSample(sample.id, str(error)) from error
-        ids: list[int] = []
-        labels: list[int] = []
-        starts: list[int] = []  # of the images
-        shown: list[dict[str, Any]] = []
+        ids, labels, media, shown = [], [], [], []  # of each chunk; shown: the image parts
         if self._adds_bos and not (segments and segments[0].text.startswith(self.tokenizer.bos_token)):
-            ids, labels = [self.tokenizer.bos_token_id], [IGNORED]
+            ids.append(np.array([self.tokenizer.bos_token_id]))
+            labels.append(np.array([IGNORED]))
+            media.append(np.zeros(1, bool))
         for chunk in self._chunks(segments):
             if isinstance(chunk, dict):
-                starts.append(len(ids))
                 shown.append(chunk)
-                ids += [0] * self.tokens_per_image
-                labels += [IGNORED] * self.tokens_per_image
+                ids.append(np.zeros(self.tokens_per_image, int))
+                labels.append(np.full(self.tokens_per_image, IGNORED))
             else:
                 new_ids, new_labels = self._tokenise(chunk)
-                ids += new_ids
-                labels += new_labels
-        if self.max_length and len(ids) > self.max_length:
+                ids.append(new_ids)
+                labels.append(new_labels)
+            media.append(np.full(len(ids[-1]), isinstance(chunk, dict)))
+        example = Example(
+            sample.id,
+            np.concatenate(ids).astype(np.int32),
+            np.concatenate(labels).astype(np.int32),
+            np.concatenate(media),
+            tuple(shown),
+        )
+        if self.max_length and len(example.ids) > self.max_length:
             if generation_prompt:
                 raise BadSample(
-                    sample.id, f"the prompt has {len(ids)} tokens, more than the {self.max_length} there is room for"
+                    sample.id, f"the prompt has {len(example.ids)} tokens; there is room for {self.max_length}"
                 )
-            cut = next((at for at in starts if at < self.max_length < at + self.tokens_per_image), self.max_length)
-            ids, labels, starts = ids[:cut], labels[:cut], [at for at in starts if at < cut]
-        media = np.zeros(len(ids), bool)
-        for at in starts:
-            media[at : at + self.tokens_per_image] = True
-        targets = np.array(labels, np.int32)
-        if not generation_prompt and not (targets[1:] != IGNORED).any():
-            cut_off = f" within {self.max_length} tokens" if self.max_length else ""
-            raise BadSample(
-                sample.id, f"nothing in it is supervised{cut_off} under the template {self.template.name!r}"
-            )
-        return Example(sample.id, np.array(ids, np.int32), targets, media, tuple(shown[: len(starts)]))
+            example = self._cut(example)
+        if not generation_prompt and not (example.labels[1:] != IGNORED).any():
+            limit = f" within {self.max_length} tokens" if self.max_length else ""
+            raise BadSample(sample.id, f"nothing in it is supervised{limit} under the template {self.template.name!r}")
+        return example
+
+    def _cut(self, example: Example) -> Example:
+        """The first max_length positions, less an image that would not be whole."""
+        images = int(example.media[: self.max_length].sum()) // self.tokens_per_image if self.tokens_per_image else 0
+        cut = self.max_length
+        if example.media[:cut].sum() > images * self.tokens_per_image:
+            cut = int(np.flatnonzero(example.media)[images * self.tokens_per_image])
+        return dataclasses.replace(
+            example,
+            ids=example.ids[:cut],
+            labels=example.labels[:cut],
+            media=example.media[:cut],
+            images=example.images[:images],
+        )
 
     @functools.cached_property
     def _adds_bos(self) -> bool:
@@ -119,17 +132,16 @@ class Encoder:
             run = [Segment(self.image_end)]
         return [*chunks, run]
 
-    def _tokenise(self, run: Sequence[Segment]) -> tuple[list[int], list[int]]:
+    def _tokenise(self, run: Sequence[Segment]) -> tuple[np.ndarray, np.ndarray]:
         """Ids and labels of adjacent text segments. A token belongs to the segment in which its last character lies."""
         text = "".join(segment.text for segment in run)
         if not text:
-            return [], []
+            return np.zeros(0, int), np.zeros(0, int)
         supervised = np.repeat([segment.supervised for segment in run], [len(segment.text) for segment in run])
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, labels, previous = encoded["input_ids"], [], 0
-        for id, (start, end) in zip(ids, encoded["offset_mapping"]):
-            # A token without characters is a prefix put in by the tokenizer, or a space that its offsets leave out.
-            last = end - 1 if end > start else min(previous, start, len(text) - 1)
-            previous = max(previous, end)
-            labels.append(id if supervised[last] else IGNORED)
-        return ids, labels
+        ids = np.array(encoded["input_ids"], int)
+        starts, ends = np.array(encoded["offset_mapping"], int).reshape(-1, 2).T
+        # A token without characters is a prefix put in by the tokenizer, or a space that its offsets leave out.
+        reached = np.maximum.accumulate(np.append(0, ends))[:-1]
+        last = np.where(ends > starts, ends - 1, np.minimum(np.minimum(reached, starts), len(text) - 1))
+        return ids, np.where(supervised[last], ids, IGNORED)

@@ -107,7 +107,7 @@ def test_cutting_never_splits_an_image(limit, tokenizer):
 
 def test_a_prompt_is_never_cut(tokenizer):
     encoder = Encoder(tokenizer, templates.get("plain", tokenizer), tokens_per_image=5, max_length=4)
-    with pytest.raises(BadSample, match="the prompt has 5 tokens"):
+    with pytest.raises(BadSample, match="the prompt has 5 tokens; there is room for 4"):
         encoder.encode(
             Sample("p", validated([{"role": "user", "content": "<image>"}], "p", ["x"])), generation_prompt=True
         )
