@@ -105,13 +105,19 @@ def losses(path: Path, metrics: Iterable[Mapping[str, Any]]) -> None:
 
 
 def results(
-    path: Path, scores: Mapping[str, Score], blind: Mapping[str, Score] | None = None, title: str = "Accuracy on held-out questions"
+    path: Path,
+    scores: Mapping[str, Score],
+    blind: Mapping[str, Score] | None = None,
+    title: str = "Accuracy on held-out questions",
 ) -> None:
     """Draw the share of right answers by kind, with 95 % intervals, and of the blind twin beside it."""
     kinds = list(scores)
     figure = Figure(figsize=(7.5, 0.62 * len(kinds) + 1.3), layout="constrained")
     axes = figure.subplots()
-    for offset, table, colour, label in ((-0.19, scores, BLUE, "with the image"), (0.19, blind or {}, RULE, "blind twin")):
+    for offset, table, colour, label in (
+        (-0.19, scores, BLUE, "with the image"),
+        (0.19, blind or {}, RULE, "blind twin"),
+    ):
         for row, kind in enumerate(kinds):
             if kind not in table:
                 continue
@@ -189,7 +195,9 @@ def _row(
             run.append(int(tokens[position]))
             following = inside[i + 1] if i + 1 < len(inside) else None
             if following is None or media[following] >= 0 or taught[following] != taught[position]:
-                spans.append((decode(run).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"), bool(taught[position])))
+                spans.append(
+                    (decode(run).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"), bool(taught[position]))
+                )
                 run = []
         spans.append(("  ", False))
     images: list[np.ndarray] = []

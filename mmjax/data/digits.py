@@ -17,6 +17,7 @@ import functools
 import numpy as np
 from PIL import Image
 
+from mmjax.data.images import BrokenImage
 from mmjax.data.messages import Sample
 from mmjax.errors import UserError
 
@@ -28,7 +29,7 @@ TASKS = ("questions", "caption", "single", "facts")
 
 
 class DigitScenes:
-    """A data set of `size` samples.
+    """A data set of `size` samples (see mmjax.data.sources.Dataset).
 
     split   "train" or "held_out": whose handwriting is shown; train also draws it slightly turned and stretched
     task    "questions"  one question about a scene, the kinds in turn
@@ -88,7 +89,7 @@ class DigitScenes:
         """The picture of a sample, by the name its image part carries. RGB, 32x32."""
         split, _, index = name.removesuffix(".png").rpartition("-")
         if split != self.split or not index.isdigit() or int(index) >= self.size:
-            raise KeyError(f"digits: no picture named {name!r} in the {self.split} split of {self.size} scenes")
+            raise BrokenImage(f"digits: no picture named {name!r} in the {self.split} split of {self.size} scenes")
         rng, scene = self._scene(int(index))
         rng.random(8)  # so that what a question draws and how the picture is drawn are apart
         return draw(scene, self.split, rng)

@@ -107,9 +107,7 @@ def _similarity(candidate: Counter[Gram], reference: Counter[Gram], frequency: C
 
 
 def _ngrams(words: Sequence[str]) -> Counter[Gram]:
-    return Counter(
-        tuple(words[i : i + order]) for order in range(1, ORDER + 1) for i in range(len(words) - order + 1)
-    )
+    return Counter(tuple(words[i : i + order]) for order in range(1, ORDER + 1) for i in range(len(words) - order + 1))
 
 
 def _check(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:

@@ -1,0 +1,66 @@
+"""Many questions in, their answers out: batches of one shape, so that the model is compiled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from PIL import Image
+
+from mmjax.data.collation import collate
+from mmjax.data.images import BrokenImage
+from mmjax.data.messages import BadSample, Sample, question
+from mmjax.inference.generate import generate
+from mmjax.model import Model
+
+
+def answer(
+    model: Model,
+    samples: Iterable[Sample],
+    open_image: Callable[[str], Image.Image] | None = None,
+    *,
+    batch: int = 64,
+    max_new_tokens: int = 32,
+    **sampling: Any,
+) -> Iterator[tuple[Sample, str | BadSample]]:
+    """Each sample with the model's answer to it, in order; with the reason where it cannot be asked (a broken image).
+
+    A last message by the assistant is not shown to the model.
+    open_image   from the `path` of an image part to the picture; without it paths are files
+    sampling     fields of mmjax.inference.generate.Sampling
+    """
+    settings = model.sampling(max_new_tokens, **sampling)
+    remaining = iter(samples)
+    while chunk := list(itertools.islice(remaining, batch)):
+        prepared = [_prompt(model, sample, open_image) for sample in chunk]
+        examples = [example for example in prepared if not isinstance(example, BadSample)]
+        if not examples:
+            yield from zip(chunk, prepared)
+            continue
+        # The last batch is filled up with a question that is there anyway.
+        rows = [[example] for example in examples + examples[-1:] * (batch - len(examples))]
+        images = max(len(example.images) for example in examples)
+        tokens = iter(
+            generate(model.params, model.config, collate(rows, tiles=batch * images), settings, model.run).tokens
+        )
+        for sample, example in zip(chunk, prepared):
+            yield sample, example if isinstance(example, BadSample) else model.text(next(tokens))
+
+
+def _prompt(model: Model, sample: Sample, open_image: Callable[[str], Image.Image] | None) -> Any:
+    """The encoded question, or the BadSample that it is."""
+    try:
+        messages = question(sample.messages)
+        if open_image is not None:
+            messages = [{**m, "content": [_opened(part, open_image) for part in m["content"]]} for m in messages]
+        return model.prompt(dataclasses.replace(sample, messages=messages))
+    except BadSample as error:
+        return error
+    except BrokenImage as error:
+        return BadSample(sample.id, str(error))
+
+
+def _opened(part: dict[str, Any], open_image: Callable[[str], Image.Image]) -> dict[str, Any]:
+    return {"type": "image", "image": open_image(part["path"])} if "path" in part else part

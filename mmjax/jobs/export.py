@@ -1,0 +1,103 @@
+"""--job=export: the model of a workdir as others load it, read back and compared before it is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+import mmjax
+from mmjax import tree
+from mmjax.batch import Batch
+from mmjax.checkpoints import peft
+from mmjax.config import Recipe
+from mmjax.data.messages import Sample, validated
+from mmjax.errors import UserError
+from mmjax.export import save_adapters
+from mmjax.loading import with_adapter
+from mmjax.model import Model
+from mmjax.models import multimodal
+from mmjax.results import record
+
+# Largest difference of logits, as a share of the largest logit: rounding of merged adapters and of the written dtype.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+
+
+def run(recipe: Recipe, workdir: Path) -> None:
+    """Writes the directory that the recipe's `export` section describes."""
+    export(mmjax.load(workdir), recipe, workdir)
+
+
+def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
+    """Writes the model, reads it back, compares logits and prompts, and returns the directory.
+
+    Raises UserError where the layout cannot hold the model, or where what comes back is not what went out.
+    """
+    settings = recipe.export
+    path = Path(settings.path or workdir / "export")
+    if settings.format == "peft":
+        save_adapters(model, path, base=recipe.model.llm.path, dtype=settings.dtype)
+        again = with_adapter(_without_adapters(model), peft.read(path))
+    else:
+        layout, dtype = settings.format, settings.dtype
+        model.save_pretrained(path, layout=layout, dtype=dtype, merge_adapters=settings.merge_adapters)
+        again = mmjax.load(path, "float32")
+    difference = logit_difference(model, again)
+    allowed = TOLERANCE[settings.dtype or model.run.dtype]
+    if not difference <= allowed:
+        raise UserError(
+            f"{path} was written, but read back its logits differ by {difference:.2g} of the largest (allowed: {allowed:g}): "
+            "do not use it, and report this"
+        )
+    if settings.format != "peft" and (ours := _prompt(model)) != (theirs := _prompt(again)):
+        raise UserError(
+            f"{path} was written, but read back a prompt becomes the ids {theirs} instead of {ours}: do not use it"
+        )
+    record(workdir, {"export_logit_difference": difference})
+    print(f"{path}: {settings.format} layout; read back, the logits differ by at most {difference:.1e} of the largest")
+    return path
+
+
+def logit_difference(model: Model, other: Model) -> float:
+    """The largest difference of two models' logits, over the largest logit, on random tokens around a random image."""
+    assert model.config.llm is not None and other.config.llm is not None
+    rng = np.random.default_rng(0)
+    vocab = min(model.config.llm.vocab_size, other.config.llm.vocab_size)
+    tower, media = model.config.vision, model.config.tokens_per_tile
+    length = media + 8
+    tokens = rng.integers(0, vocab, (1, length))
+    places = np.full((1, length), -1)
+    places[0, 4 : 4 + media] = np.arange(media)
+    images = rng.integers(0, 256, (1, 1, tower.image_size, tower.image_size, 3)) if tower and media else None
+    batch = Batch(
+        tokens=jnp.asarray(tokens, jnp.int32),
+        segments=jnp.ones((1, length), jnp.int32),
+        positions=jnp.arange(length, dtype=jnp.int32)[None],
+        media=jnp.asarray(places, jnp.int32),
+        images=None if images is None else jnp.asarray(images, jnp.uint8),
+    )
+    first, second = (_logits(m, batch)[..., :vocab] for m in (model, other))
+    return float(np.abs(first - second).max() / np.abs(first).max())
+
+
+def _logits(model: Model, batch: Batch) -> np.ndarray:
+    states = multimodal.hidden(model.params, model.config, batch, model.run)
+    return np.asarray(multimodal.head(model.params, model.config, states))
+
+
+def _prompt(model: Model) -> list[int] | None:
+    """The ids of a question about an image, -1 at the image's places; None where the model takes no messages."""
+    if model.tokenizer is None or model.template is None:
+        return None
+    image = [{"type": "image", "path": "x"}] if model.config.connector else []
+    asked = validated([{"role": "user", "content": [*image, {"type": "text", "text": "What is this?"}]}])
+    example = model.encoder().encode(Sample("the probe", asked), generation_prompt=True)
+    return np.where(example.media, -1, example.ids).tolist()
+
+
+def _without_adapters(model: Model) -> Model:
+    flat = {path: leaf for path, leaf in tree.flatten(model.params).items() if "/adapters/" not in path}
+    config = dataclasses.replace(model.config, adapters=())
+    return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
