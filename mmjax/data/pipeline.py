@@ -124,6 +124,8 @@ class Pipeline:
         self._sizes = [len(dataset) for dataset in datasets.values()]
         self._weights = [stage.sources[name].weight for name in self._names]
         self._tokens, self._tiles, self._usable = self._table(Path(workdir) if workdir else None)
+        if self._tiles.any() and image_processor is None and features is None:
+            raise UserError(f"the sources {', '.join(self._names)} have images, but the model has no vision encoder")
         self._plans: dict[int, packing.Rows] = {}
         self._ends: list[int] = []  # global rows up to the end of each epoch
         self._lock = threading.RLock()
@@ -213,8 +215,7 @@ class Pipeline:
         """What is fed for one image part of source `name`."""
         if self.features is not None:
             return self.features.lookup(name, part["path"], flipped)
-        if self.image_processor is None:
-            raise UserError(f"the source {name} has images, but the model has no vision encoder")
+        assert self.image_processor is not None
         picture = self.datasets[name].image(part["path"]) if "path" in part else images.decode(part["image"])
         pixels = self.image_processor.pixels(picture)
         return pixels[:, ::-1] if flipped else pixels

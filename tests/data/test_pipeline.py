@@ -142,8 +142,9 @@ def test_a_restart_goes_on_where_the_run_stopped(small, encoder, tmp_path):
     assert list(pipeline(small, encoder, steps=20).batches(20)) == []
 
 
-def test_worker_processes_load_the_same(small, encoder):
+def test_worker_processes_measure_and_load_the_same(small, encoder, monkeypatch):
     here = list(pipeline(small, encoder).batches())
+    monkeypatch.setattr(lengths, "CHUNK", 50)
     assert_same(here, pipeline(small, encoder, loader=Loader(workers=2)).batches())
 
 
@@ -282,6 +283,8 @@ def test_what_cannot_be_shared_out_is_refused(small, encoder):
     for options in ({"groups": 3}, {"processes": (0, 3)}, {"groups": 16}):
         with pytest.raises(UserError, match="must be a multiple"):
             pipeline(small, encoder, **options)
+    with pytest.raises(UserError, match="the sources mixed have images, but the model has no vision encoder"):
+        pipeline(small, encoder, processor=None)
     with pytest.raises(UserError, match="'turn'"):
         pipeline(small, encoder, augment=("turn",))
 
