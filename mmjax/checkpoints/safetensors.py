@@ -133,7 +133,7 @@ def write_file(tensors: list[Tensor], path: Path) -> None:
     with open(unfinished, "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            array = np.ascontiguousarray(tensor.make())
+            array = np.asarray(tensor.make(), order="C")
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
                 raise ValueError(f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, made {array.shape} {array.dtype}")
             file.write(array.reshape(-1).view(np.uint8).data)

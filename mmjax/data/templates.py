@@ -165,6 +165,11 @@ def get(name: str, tokenizer: PreTrainedTokenizerBase | None = None, system: str
     return Template(name, _PREAMBLE.replace("DEFAULT", _literal(default if system is None else system)) + body, stops)
 
 
+def markers(name: str) -> tuple[str, ...]:
+    """The strings that a named template needs as tokens; none for a tokenizer's own."""
+    return _NAMED[name][3] if name in _NAMED else ()
+
+
 def flat(message: Message) -> str:
     """A validated message as one string, a mark for each image, by the same rule as the named templates."""
     written, parts = "", message["content"]

@@ -10,7 +10,7 @@ import dataclasses
 
 from mmjax.errors import UserError
 from mmjax.families import llava, parts
-from mmjax.families.family import Config, Family
+from mmjax.families.family import Config
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, prefixed
 from mmjax.models import connectors

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from mmjax import tree
@@ -20,6 +21,8 @@ from mmjax.errors import UserError
 from mmjax.tree import Params
 
 Shape = tuple[int, ...]
+# (path of a leaf, layer or None, that row of it) -> what is written in its place
+Change = Callable[[str, int | None, np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +41,8 @@ convolution = Form(
     lambda s: (s[3], s[2], s[0], s[1]), lambda a: a.transpose(2, 3, 1, 0), lambda a: a.transpose(3, 2, 0, 1)
 )
 """torch's Conv2d: [out, in, height, width]; ours [height, width, in, out]."""
+counter = Form(lambda shape: (), lambda a: a, lambda a: a)
+"""A count of training steps that torch keeps beside a leaf and nothing reads: passed over on reading, written as 0."""
 
 
 def patches(channels: int) -> Form:
@@ -160,7 +165,7 @@ def check(
 ) -> None:
     """Raises UserError unless the stored tensors are exactly those that the rules need, in the right shapes."""
     needed = {piece.name: piece.shape for row in _pieces(rules, tree.flatten(shapes)).values() for piece in row}
-    silent = [re.compile(pattern) for pattern in unused]
+    silent = [re.compile(pattern) for pattern in (*unused, *(re.escape(r.name) + "$" for r in rules if r.form is counter))]
     missing = sorted(name for name in needed if name not in stored)
     extra = sorted(
         tensor.name
@@ -191,7 +196,7 @@ def check(
         raise UserError("\n".join([f"the weights {f'in {where} ' if where else ''}do not fit the config:", *problems]))
 
 
-def tensors(params: Params, rules: list[Rule], dtype: Any = None) -> list[Tensor]:
+def tensors(params: Params, rules: list[Rule], dtype: Any = None, change: Change = lambda path, i, row: row) -> list[Tensor]:
     """The foreign tensors of these leaves, made one at a time when they are written; in `dtype`, or as they are held.
 
     Raises ValueError for a leaf that no rule names: nothing may be left out of a file silently.
@@ -203,34 +208,43 @@ def tensors(params: Params, rules: list[Rule], dtype: Any = None) -> list[Tensor
         raise ValueError(f"no key for the leaves {', '.join(homeless)}")
     made = []
     for r in rules:
+        if r.form is counter:
+            made.append(Tensor(r.name, (), np.dtype(np.int64), lambda: np.zeros((), np.int64)))
+            continue
         for i in range(flat[r.paths[0]].shape[0]) if r.stacked else [None]:
             name = r.name if i is None else r.name.replace("{i}", str(i))
             piece = pieces[r.paths[0]][i or 0]
-            kind = np.dtype(dtype or flat[r.paths[0]].dtype)
-            made.append(Tensor(name, piece.shape, kind, _maker([flat[p] for p in r.paths], i, r.form, kind)))
+            held = np.dtype(flat[r.paths[0]].dtype)
+            kind = np.dtype(dtype or (ml_dtypes.bfloat16 if held == np.uint16 else held))
+
+            def make(r=r, i=i, kind=kind) -> np.ndarray:
+                rows = [r.form.foreign(change(path, i, row(flat[path], i))) for path in r.paths]
+                return np.asarray(rows[0] if len(rows) == 1 else np.concatenate(rows), kind)
+
+            made.append(Tensor(name, piece.shape, kind, make))
     return made
 
 
-def _maker(leaves: list[Any], i: int | None, form: Form, dtype: np.dtype) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        rows = [form.foreign(np.asarray(row(leaf, i))) for leaf in leaves]
-        whole = rows[0] if len(rows) == 1 else np.concatenate(rows)
-        return np.asarray(whole, dtype)
+def row(leaf: Any, i: int | None) -> np.ndarray:
+    """Layer i of a stacked leaf, or the whole of another. Kernels held as bfloat16 bits become numbers again."""
+    if i is not None:
+        # The index is data, so that one compiled slice serves all layers.
+        leaf = leaf[i] if isinstance(leaf, np.ndarray) else jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+    array = np.asarray(leaf)
+    return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
-    return make
 
-
-def row(leaf: Any, i: int | None) -> Any:
-    """Layer i of a stacked leaf (the index is data, so that one compiled slice serves all layers)."""
-    if i is None or isinstance(leaf, np.ndarray):
-        return leaf if i is None else leaf[i]
-    return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+def names(r: Rule, shapes: Params) -> list[str]:
+    """The foreign names that a rule stands for."""
+    return [piece.name for pieces in _pieces([r], tree.flatten(shapes)).values() for piece in pieces]
 
 
 def _pieces(rules: list[Rule], flat: Mapping[str, Any]) -> dict[str, list[Piece]]:
     """For each leaf, the pieces of its rows (one where it is not stacked)."""
     found: dict[str, list[Piece]] = {}
     for r in rules:
+        if r.form is counter:
+            continue
         for path in r.paths:
             if path in found:
                 raise ValueError(f"two rules fill {path}")
@@ -264,7 +278,7 @@ def _leaf(stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype
 
     if sharding is None:
         return jax.device_put(part((slice(None),) * len(shape)))
-    return jax.make_array_from_callback(shape, sharding, part)
+    return jax.make_array_from_callback(shape, sharding, lambda index: part(index or ()))
 
 
 def _read(stored: Mapping[str, Stored], piece: Piece) -> np.ndarray:

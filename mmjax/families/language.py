@@ -74,31 +74,33 @@ def run_language(params: Params, batch: Batch, *, config: ModelConfig, run: Exec
     """All outputs of the LLM for a batch, and of the encoder and connector where there are images:
     `image_features` [images, positions, width] for each feature layer, as the encoder gives them (class token included), and
     `connector_output` [images, tokens, LLM width]."""
-    found = {}
+    assert config.llm is not None and batch.segments is not None and batch.positions is not None
+    found: dict[str, jax.Array] = {}
     if batch.images is not None:
+        assert config.connector is not None
         features, connected = media_features(params, config, batch, run)
         names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
         found.update(zip(names, features))
         batch = dataclasses.replace(batch, images=None, features=connected[None])
         found["connector_output"] = connectors.connect(params["connector"], config.connector, connected, config.adapters)
     embedded = multimodal.embed(params, config, batch, run)
-    assert config.llm is not None
     decoded = decoder.decode(
         params["llm"],
         config.llm,
         embedded,
-        segments=batch.segments,
-        positions=batch.positions,
+        segments=jnp.asarray(batch.segments),
+        positions=jnp.asarray(batch.positions),
         run=run,
         adapters=config.adapters,
         return_states=states,
     )
     logits = decoder.head(params["llm"], config.llm, decoded.last)
     found.update(inputs_embeds=embedded, logits=logits, last_hidden_state=decoded.last)
-    if batch.targets is not None:
+    if batch.targets is not None and batch.weights is not None:
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
         found["loss"] = (losses * batch.weights).sum() / batch.weights.sum()
     if states:
+        assert decoded.states is not None
         found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers + 1)})
     return found
 
@@ -107,8 +109,9 @@ def media_features(
     params: Params, config: ModelConfig, batch: Batch, run: Execution
 ) -> tuple[list[jax.Array], jax.Array]:
     """The encoder's states of the feature layers with the class token, and what the connector reads of them."""
+    assert batch.images is not None
     spec = FeatureSpec(config.features.layers, keep_class_token=True, post_norm=config.features.post_norm)
-    whole = multimodal.vision_features(params, _with(config, spec), batch.images, run)[0]
+    whole = multimodal.vision_features(params, _with(config, spec), jnp.asarray(batch.images), run)[0]
     layers = jnp.split(whole, len(spec.layers), -1)
     drop = getattr(config.vision, "class_token", False) and not config.features.keep_class_token
     return layers, whole[:, 1:] if drop else whole

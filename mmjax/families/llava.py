@@ -139,7 +139,7 @@ def placeholder(config: Config) -> int:
 def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     """The batch of foreign inputs. Raises UserError where placeholders and images do not agree in number."""
     rows = language.text_batch(config, inputs, placeholder(foreign))
-    found = int((rows.media >= 0).sum())
+    found = int((np.asarray(rows.media) >= 0).sum())
     images = vision.pixels(inputs) if "pixel_values" in inputs else None
     needed = 0 if images is None else len(images) * config.tokens_per_tile
     if found != needed:

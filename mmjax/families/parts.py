@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Mapping
 
 from mmjax.errors import UserError
-from mmjax.families import clip_vision, llama, mistral, phi, qwen2, siglip_vision
+from mmjax.families import clip_vision, llama, mistral, mobilenet_v2, phi, qwen2, siglip_vision
 from mmjax.families.family import Config, Family
 
 LANGUAGE = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, phi.FAMILY)
-VISION = (clip_vision.FAMILY, siglip_vision.FAMILY)
+VISION = (clip_vision.FAMILY, siglip_vision.FAMILY, mobilenet_v2.FAMILY)
 
 
 def language(config: Config, where: str) -> Family:

@@ -45,8 +45,9 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
-    assert config.llm is not None and config.llm.block.rope is not None
-    decoder, block = config.llm, config.llm.block
+    assert config.llm is not None
+    decoder, block, rope = config.llm, config.llm.block, config.llm.block.rope
+    assert rope is not None
     written: Config = {
         **base,
         "architectures": base.get("architectures") or ["PhiForCausalLM"],
@@ -62,10 +63,10 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "max_position_embeddings": decoder.max_positions,
         "tie_word_embeddings": False,
     }
-    if not base or read_rope(Fields(base), fraction=ROTATED, partial=True) != block.rope:
+    if not base or read_rope(Fields(base), fraction=ROTATED, partial=True) != rope:
         for old in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
             written.pop(old, None)
-        written["rope_parameters"] = {"partial_rotary_factor": block.rope.fraction, **write_rope(block.rope)}
+        written["rope_parameters"] = {"partial_rotary_factor": rope.fraction, **write_rope(rope)}
     return written
 
 

@@ -1,0 +1,303 @@
+"""From a recipe's `model` section to a model: published parts, fresh parts, fresh adapters, and what surrounds them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+
+from mmjax import config as recipes
+from mmjax import published, tree, vocabulary
+from mmjax.config import Part, Recipe
+from mmjax.data import sources, templates
+from mmjax.errors import UserError
+from mmjax.families import composed, parts
+from mmjax.families.family import Config, Family
+from mmjax.loading import load, load_connector
+from mmjax.model import Model
+from mmjax.models import adapters as lora
+from mmjax.models import multimodal
+from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
+from mmjax.preprocessing import has_tokenizer, image_processor, read_tokenizer
+from mmjax.published import Published, locate, open_published
+from mmjax.tree import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Shardings = Callable[[Params], Params]
+
+
+def model_config(recipe: Recipe, vocab_size: int | None = None) -> ModelConfig:
+    """The shapes of a recipe's model, from config.json files or the recipe's own; no weights are touched.
+
+    vocab_size   of a fresh language model whose recipe does not give one (its tokenizer's); without it, the size its tokenizer is to have
+    """
+    return _described(recipe, vocab_size)[0]
+
+
+def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) -> Model:
+    """The model of a recipe before its first step: published weights in model.dtype, fresh ones in float32 from the recipe's seed.
+
+    workdir     where a tokenizer of our own is kept (WORKDIR/tokenizer)
+    shardings   from the parameters' shapes to where each leaf goes; none = the default device
+    """
+    if recipe.model.path:
+        return _extended(recipe, shardings)
+    section = recipe.model
+    language = _source(section.llm, "model.llm")
+    vision = _source(section.vision, "model.vision")
+    tokenizer = _tokenizer(recipe, language, Path(workdir))
+    config, family, foreign = _described(recipe, len(tokenizer) if tokenizer is not None else None)
+    _check_vocabulary(config, tokenizer, recipe)
+    shapes = multimodal.shapes(config)
+    places = shardings(shapes) if shardings else None
+
+    loaded: list[Params] = []
+    bases: dict[str, str] = {}
+    for part, source in (("llm", language), ("vision", vision)):
+        if isinstance(source, Published):
+            loaded.append(published.load_part(source, part, dtype=section.dtype, shardings=places))
+            bases[getattr(section, part).path] = published.fingerprint(source.directory)
+    if section.connector.path and config.connector is not None:
+        loaded.append(load_connector(section.connector.path, config.connector))
+    params = _completed(recipe, config, tree.merge(*loaded), places)
+    processor = None
+    if config.vision is not None:
+        processor = image_processor(config, aspect=section.image.aspect if config.connector else "", size=section.image.size)
+    return Model(
+        config=config,
+        params=params,
+        family=family,
+        foreign=foreign,
+        run=Execution(dtype=section.dtype),
+        tokenizer=tokenizer,
+        template=templates.get(section.template, tokenizer, section.system) if tokenizer is not None else None,
+        image_processor=processor,
+        image_start=section.image_start,
+        image_end=section.image_end,
+        bases=bases,
+        own=frozenset(tree.flatten(shapes)) - frozenset(tree.flatten(tree.merge(*loaded))) | _connector_paths(shapes),
+    )
+
+
+def load_workdir(workdir: Path, dtype: str, *, template: str = "", shardings: Params | None = None) -> Model:
+    """The model that a run has trained: what its recipe assembles, with the newest sound checkpoint over it."""
+    from mmjax.checkpoints.store import check_bases, open_workdir, overlay
+
+    recipe, checkpoint = open_workdir(workdir)
+    model = assemble(recipe, workdir, (lambda shapes: shardings) if shardings is not None else None)
+    params = model.params
+    if checkpoint is not None:
+        check_bases(checkpoint, model.bases)
+        params = overlay(params, checkpoint, shardings)
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
+    chosen = templates.get(template, model.tokenizer) if template else model.template
+    return dataclasses.replace(model, params=params, run=Execution(dtype=dtype), template=chosen)  # type: ignore[arg-type]
+
+
+def connector_config(section: recipes.Connector, vision: ModelConfig, features: FeatureSpec, width: int) -> ConnectorConfig:
+    """The connector between an encoder and a language model of this width; `kind` may be LLaVA's mlpNx_gelu."""
+    tower = vision.vision
+    assert tower is not None
+    kept = features.keep_class_token and getattr(tower, "class_token", False)
+    kind, depth = section.kind, 2
+    if named := re.fullmatch(r"mlp(\d+)x_gelu", kind):
+        kind, depth = "mlp", int(named[1])
+    config = ConnectorConfig(
+        kind=kind,  # type: ignore[arg-type]
+        in_width=tower.feature_width * len(features.layers),
+        out_width=width,
+        positions=tower.positions + kept,
+        depth=depth,
+        hidden_width=section.hidden_width,
+        bias=section.bias,
+        group=section.group,
+        pooled_tokens=section.pooled_tokens,
+    )
+    if kind == "identity" and config.in_width != width:
+        raise UserError(f"model.connector.kind = 'identity' needs an encoder as wide as the language model, not {config.in_width} against {width}")
+    if kind == "residual_mlp" and not section.hidden_width:
+        return dataclasses.replace(config, hidden_width=4 * width)
+    return config
+
+
+def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Family, Config]:
+    """Shapes, family and config.json of the whole. A model without a connector is of its one part's family."""
+    section = recipe.model
+    if section.path:
+        directory = locate(section.path)
+        if (directory / "recipe.json").is_file():
+            earlier, family, foreign = _described(recipes.read_recipe(directory), _trained_size(directory))
+            return _with_adapters(earlier, section), family, foreign
+        source = open_published(directory)
+        return _with_adapters(source.config, section), source.family, source.foreign
+    found: dict[str, tuple[ModelConfig, Family, Config]] = {}
+    for name in ("llm", "vision"):
+        part: Part = getattr(section, name)
+        if part.path or part.config:
+            found[name] = _part(part, name, vocab_size or section.tokenizer.vocab_size)
+    features = FeatureSpec(tuple(section.feature_layers), section.keep_class_token, section.post_norm)
+    if len(found) == 1:
+        config, family, foreign = next(iter(found.values()))
+        return _with_adapters(dataclasses.replace(config, features=features), section), family, foreign
+    if not found:
+        raise UserError("model: neither llm nor vision is given")
+    language, tower = found["llm"][0], found["vision"][0]
+    assert language.llm is not None
+    mean, std = section.image.mean or tower.image_mean, section.image.std or tower.image_std
+    config = dataclasses.replace(
+        tower,
+        llm=language.llm,
+        text=None,
+        logit_bias=False,
+        connector=connector_config(section.connector, tower, features, language.llm.block.width),
+        features=features,
+        image_mean=tuple(mean),
+        image_std=tuple(std),
+    )
+    foreign = {"model_type": "mmjax", "text_config": found["llm"][2], "vision_config": found["vision"][2]}
+    return _with_adapters(config, section), composed.FAMILY, foreign
+
+
+def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, Config]:
+    """A part's shapes, family and config; from its directory, or from the recipe where that is not at hand (or not meant)."""
+    source = _source(part, f"model.{name}")
+    if isinstance(source, Published):
+        kept = ModelConfig(
+            llm=source.config.llm if name == "llm" else None,
+            vision=_headless(source.config.vision) if name == "vision" else None,
+            image_mean=source.config.image_mean,
+            image_std=source.config.image_std,
+        )
+        foreign = source.foreign.get({"llm": "text_config", "vision": "vision_config"}[name], source.foreign)
+        family = (parts.language if name == "llm" else parts.vision)(_typed(foreign, source.foreign, name), f"model.{name}")
+        return kept, family, _typed(foreign, source.foreign, name)
+    foreign = dict(part.config)
+    classes = foreign.pop("classes", 0)  # a fresh encoder's own head, for the classification objective
+    if name == "llm":
+        foreign.setdefault("vocab_size", vocab_size)
+        family = parts.language(foreign, f"model.{name}.config")
+    else:
+        family = parts.vision(foreign, f"model.{name}.config")
+    config = family.read_config(foreign, f"model.{name}.config")
+    if classes:
+        assert config.vision is not None
+        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, classes=classes))
+    return config, family, foreign
+
+
+def _typed(part: Config, whole: Config, name: str) -> Config:
+    """A part's config with its model_type, which two-tower files may leave out."""
+    known = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+    default = known.get(whole["model_type"], whole["model_type"]) if name == "vision" else "llama"
+    return {"model_type": default, **part}
+
+
+def _headless(vision: Any) -> Any:
+    """An encoder without its projection and its classifier: a connector reads neither, and neither is loaded."""
+    gone = {name: 0 for name in ("projection", "classes") if hasattr(vision, name)}
+    return dataclasses.replace(vision, **gone)
+
+
+def _source(part: Part, key: str) -> Published | Config | None:
+    """The directory of a part; its config where the recipe has one and the directory is not here; None for no part."""
+    if not part.path:
+        return part.config or None
+    try:
+        return open_published(locate(part.path))
+    except UserError as error:
+        if part.config:
+            return part.config
+        raise UserError(f"{key}.path: {error}") from error
+
+
+def _with_adapters(config: ModelConfig, section: recipes.Model) -> ModelConfig:
+    added = tuple(
+        LoraConfig(name, a.rank, a.alpha, tuple(a.targets), a.dropout, a.rank_stabilised) for name, a in section.adapters.items()
+    )
+    return dataclasses.replace(config, adapters=config.adapters + added)
+
+
+def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Params | None) -> Params:
+    """The loaded leaves, and fresh ones for all that are not there. What is drawn depends on the seed and the part alone."""
+    shapes = multimodal.shapes(config)
+    there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
+    fresh = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
+    key = jax.random.key(recipe.seed)
+    drawn = multimodal.init(key, fresh)
+    bare = multimodal.shapes(dataclasses.replace(config, adapters=()))
+    adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), bare, config))
+    params = tree.merge(loaded, drawn, tree.unflatten({p: leaf for p, leaf in adapted.items() if "/adapters/" in p}))
+    where = tree.flatten(places) if places is not None else {}
+    flat = {path: jax.device_put(leaf, where[path]) if path in where else leaf for path, leaf in tree.flatten(params).items()}
+    return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
+
+
+def _connector_paths(shapes: Params) -> frozenset[str]:
+    return frozenset(path for path in tree.flatten(shapes) if path.startswith("connector/"))
+
+
+def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
+    """A whole model that exists already, with the recipe's template and adapters; it is the base as a whole."""
+    section = recipe.model
+    config = model_config(recipe)
+    places = shardings(multimodal.shapes(config)) if shardings else None
+    base = load(section.path, section.dtype, template=section.template, shardings=places)
+    drawn = lora.add_lora(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
+    own = frozenset(tree.flatten(drawn)) - frozenset(tree.flatten(base.params))
+    bases = {section.path: published.fingerprint(locate(section.path))}
+    return dataclasses.replace(base, config=config, params=drawn, own=own, bases=bases)
+
+
+def _trained_size(workdir: Path) -> int | None:
+    """Tokens of the tokenizer that a run trained for itself, if it did."""
+    directory = workdir / "tokenizer"
+    return len(read_tokenizer(directory)) if has_tokenizer(directory) else None
+
+
+def _tokenizer(recipe: Recipe, language: Published | Config | None, workdir: Path) -> PreTrainedTokenizerBase | None:
+    """The recipe's tokenizer: the one it names, the language model's own, or one trained on the recipe's texts."""
+    section = recipe.model.tokenizer
+    if language is None:
+        return None
+    if section.path:
+        return read_tokenizer(locate(section.path))
+    if isinstance(language, Published):
+        if not has_tokenizer(language.directory):
+            raise UserError(f"model.llm.path: {language.directory} has no tokenizer; name one in model.tokenizer.path")
+        return read_tokenizer(language.directory)
+    return vocabulary.train_once(
+        workdir / "tokenizer",
+        _texts(recipe),
+        kind=section.kind,
+        vocab_size=section.vocab_size,
+        min_frequency=section.min_frequency,
+        markers=templates.markers(recipe.model.template),
+    )
+
+
+def _texts(recipe: Recipe) -> Iterator[str]:
+    """Every conversation of the stages' sources, as its template writes it."""
+    seen = set()
+    for name in recipe.run:
+        stage = recipe.stages[name]
+        template = templates.get(stage.template or recipe.model.template, None, recipe.model.system)
+        for source in stage.sources.values():
+            if stage.objective == "language" and (key := (repr(source), template.name)) not in seen:
+                seen.add(key)
+                dataset = sources.open(source)
+                for i in range(len(dataset)):
+                    yield "".join(segment.text for segment in template.segments(dataset[i].messages))
+
+
+def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> None:
+    if config.llm is not None and tokenizer is not None and len(tokenizer) > config.llm.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens, the language model only {config.llm.vocab_size} embeddings: choose another "
+            f"model.tokenizer.path{'' if recipe.model.llm.path else ', or leave out vocab_size in model.llm.config'}"
+        )

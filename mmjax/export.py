@@ -1,0 +1,193 @@
+"""Writing a model: to the published layouts, and its adapters alone to peft's."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax import tree
+from mmjax.checkpoints import peft, safetensors
+from mmjax.errors import UserError
+from mmjax.families import composed, keys, llava, llava_llama
+from mmjax.families.family import Config, Family
+from mmjax.model import Model
+from mmjax.models.config import ModelConfig
+from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
+
+LAYOUTS = {"hf": llava.FAMILY, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}
+ROWS = 64  # a vocabulary that must grow grows to a multiple of this
+# Fields of LLaVA's original config that are not the language model's.
+_NOT_TEXT = ("mm_", "tune_mm", "freeze_mm", "unfreeze_mm", "use_mm", "image_", "tokenizer_", "vision_config", "architectures")
+
+
+def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True) -> None:
+    """See Model.save_pretrained. Raises UserError where the layout cannot hold the model."""
+    if model.config.adapters and not merge_adapters:
+        raise UserError(f"adapters cannot stay apart in a whole model's directory; write them with layout 'peft' ({', '.join(_names(model))})")
+    family, foreign = _target(model, layout)
+    if family is llava.FAMILY and foreign.get("image_token_index") is None:
+        model, foreign = _with_placeholder(model, foreign)
+    params, config = model.params, _without_heads(model.config, family)
+    path.mkdir(parents=True, exist_ok=True)
+    foreign = family.write_config(config, foreign)
+    flat = {p: leaf for p, leaf in tree.flatten(params).items() if not any(tree.matches(p, glob) for glob in family.unneeded)}
+    bare = {p: leaf for p, leaf in flat.items() if "/adapters/" not in p}
+    tensors = keys.tensors(tree.unflatten(bare), family.rules(config, foreign), dtype or None, _merging(flat, model.config))
+    held = dtype or _sizes(tensors).most_common(1)[0][0]
+    (path / "config.json").write_text(json.dumps(_with_dtype(foreign, held), indent=2) + "\n")
+    safetensors.write(tensors, path)
+    _write_rest(model, foreign, path)
+
+
+def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", dtype: str = "") -> None:
+    """One LoRA adapter in peft's layout. `name` may be left out where there is only one."""
+    names = _names(model)
+    if not names or (not name and len(names) > 1) or (name and name not in names):
+        raise UserError(f"which adapter? This model has {', '.join(names) or 'none'}")
+    adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
+    family, foreign = _target(model, "")
+    rules = family.rules(model.config, foreign)
+    peft.write(model.params, adapter, rules, family, path, base=base or next(iter(model.bases), ""), dtype=dtype or None)
+
+
+def _names(model: Model) -> list[str]:
+    return [adapter.name for adapter in model.config.adapters]
+
+
+def _target(model: Model, layout: str) -> tuple[Family, Config]:
+    """The family to write, and the config.json from which its own is made."""
+    if layout not in ("", *LAYOUTS):
+        raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    whole = model.config.connector is not None
+    if not whole or (not layout and model.family is not composed.FAMILY):
+        if layout in ("original", "mmjax"):
+            raise UserError(f"layout {layout!r} is for models with a connector")
+        return model.family, model.foreign
+    if not layout:
+        layout = "mmjax" if llava.expressible(model.config) else "hf"
+    family = LAYOUTS[layout]
+    if family is model.family:
+        return family, model.foreign
+    text, image = _part_configs(model)
+    if family is llava_llama.FAMILY:
+        why, kind = llava_llama.expressible(model.config), f"llava_{text['model_type']}"
+        if why or kind not in llava_llama.LANGUAGE:
+            raise UserError(f"the model does not fit LLaVA's original layout: {why or f'it knows no {kind}'}")
+        aspect = model.image_processor.aspect if model.image_processor else "pad"
+        return family, {
+            **{key: value for key, value in text.items() if key != "architectures"},
+            "model_type": kind,
+            "vision_config": image,
+            "mm_vision_tower": "",
+            "image_aspect_ratio": "pad" if aspect == "pad" else "square",
+            "mm_use_im_start_end": bool(model.image_start),
+            "mm_use_im_patch_token": False,
+            "mm_patch_merge_type": "flat",
+        }
+    before = {"image_token_index": model.foreign["image_token_index"]} if model.foreign.get("image_token_index") is not None else {}
+    return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before}
+
+
+def _part_configs(model: Model) -> tuple[Config, Config]:
+    """text_config and vision_config, whichever layout the model was read in."""
+    if model.family is llava_llama.FAMILY:
+        text = {k: v for k, v in llava_llama.text_config(model.foreign).items() if not k.startswith(_NOT_TEXT)}
+        return text, llava_llama.vision_config(model.foreign, "config.json")
+    return model.foreign["text_config"], model.foreign["vision_config"]
+
+
+def _without_heads(config: ModelConfig, family: Family) -> ModelConfig:
+    """Without the encoder's projection and classes, where the family has no place for them."""
+    if family.unneeded and config.vision is not None:
+        gone: dict[str, Any] = {name: 0 for name in ("projection", "classes") if hasattr(config.vision, name)}
+        return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **gone))
+    return config
+
+
+def _with_placeholder(model: Model, foreign: Config) -> tuple[Model, Config]:
+    """The model with an id for image tokens, as transformers wants it: the tokenizer's <image>, else a new one, for which the vocabulary
+    grows (by rows that are the mean of the others) only where it has no spare row."""
+    assert model.config.llm is not None
+    vocab, tokenizer = model.config.llm.vocab_size, model.tokenizer
+    placeholder: Any
+    if tokenizer is None:
+        placeholder = vocab
+    elif PLACEHOLDER in tokenizer.get_vocab():
+        placeholder = tokenizer.convert_tokens_to_ids(PLACEHOLDER)
+    else:
+        placeholder, tokenizer = len(tokenizer), copy.deepcopy(tokenizer)
+        tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
+    model = dataclasses.replace(model, tokenizer=tokenizer)
+    if placeholder >= vocab:
+        model = _grown(model, -(-(placeholder + 1) // ROWS) * ROWS)
+    return model, {**foreign, "image_token_index": placeholder}
+
+
+def _grown(model: Model, vocab: int) -> Model:
+    assert model.config.llm is not None
+    flat = dict(tree.flatten(model.params))
+    for path, axis in (("llm/embed/embedding", 0), ("llm/head/kernel", 1)):
+        if path in flat:
+            leaf = jnp.asarray(flat[path])
+            mean = leaf.astype(jnp.float32).mean(axis, keepdims=True).astype(leaf.dtype)
+            more = jnp.repeat(mean, vocab - leaf.shape[axis], axis)
+            flat[path] = jnp.concatenate([leaf, more], axis)
+    config = dataclasses.replace(model.config, llm=dataclasses.replace(model.config.llm, vocab_size=vocab))
+    return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
+
+
+def _merging(flat: dict[str, Any], config: ModelConfig) -> keys.Change:
+    """Adds a layer's adapters to its kernel, when that layer is written."""
+    scales = {adapter.name: adapter.scale for adapter in config.adapters}
+
+    def change(path: str, i: int | None, kernel: np.ndarray) -> np.ndarray:
+        linear = path.removesuffix("/kernel")
+        for name, scale in scales.items():
+            a = flat.get(f"{linear}/adapters/{name}/lora_a")
+            if a is not None and path.endswith("/kernel"):
+                low, high = (np.asarray(keys.row(flat[f"{linear}/adapters/{name}/lora_{s}"], i), np.float32) for s in "ab")
+                kernel = (kernel.astype(np.float32) + low @ high * scale).astype(kernel.dtype)
+        return kernel
+
+    return change
+
+
+def _sizes(tensors: list[safetensors.Tensor]) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[str(tensor.dtype)] += tensor.bytes
+    return sizes
+
+
+def _with_dtype(foreign: Config, dtype: str) -> Config:
+    """The config with its `dtype` said, in its parts as well."""
+    written = {key: value for key, value in foreign.items() if key != "torch_dtype"}
+    for part in ("text_config", "vision_config"):
+        if isinstance(written.get(part), dict):
+            written[part] = _with_dtype(written[part], dtype)
+    return {**written, "dtype": dtype}
+
+
+def _write_rest(model: Model, foreign: Config, path: Path) -> None:
+    """Tokenizer, chat template, image processor, generation_config."""
+    if model.tokenizer is not None:
+        write_tokenizer(model.tokenizer, model.template, path, model.image_start, model.image_end)
+    if model.image_processor is not None:
+        strategy = str(foreign.get("vision_feature_select_strategy", ""))
+        write_image_processor(model.image_processor, model.config, path, strategy)
+    if model.config.llm is not None:
+        text = foreign.get("text_config", foreign)
+        ids = {name: model.generation.get(name, text.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if model.tokenizer is not None:
+            ids = {name: getattr(model.tokenizer, name) if value is None else value for name, value in ids.items()}
+        kept = {**model.generation, **{name: value for name, value in ids.items() if value is not None}}
+        (path / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")
+
+

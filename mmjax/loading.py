@@ -1,0 +1,164 @@
+"""Reading a model from any directory that holds one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from mmjax import published, tree
+from mmjax.checkpoints import peft, weights
+from mmjax.data import templates
+from mmjax.data.templates import Template
+from mmjax.errors import UserError
+from mmjax.families import keys, llava_llama
+from mmjax.model import Model
+from mmjax.models import multimodal
+from mmjax.models.config import ConnectorConfig, Execution, ModelConfig
+from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
+from mmjax.published import Published, locate, open_published, read_json
+from mmjax.tree import Params
+
+PROJECTORS = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainables.bin")
+# What training scripts leave before the names of a projector's tensors.
+_WRAPPED = (r"^base_model\.(model\.)?(?=model\.)", "")
+
+
+def load(path: str | Path, dtype: str = "float32", *, template: str = "", shardings: Params | None = None, check_finite: bool = False) -> Model:
+    """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an mmjax workdir;
+    or a repository id that is in the local Hugging Face cache. What it is, its config.json says.
+
+    dtype         of weights and activations
+    template      a chat template's name; "" = the tokenizer's own, else LLaVA-1.5's where it fits
+    shardings     where each leaf goes (a tree like the parameters); none = the default device
+    check_finite  refuse weights with NaN or infinity
+    Raises UserError listing every weight that is missing, unexpected or of another shape; nothing is ever left random.
+    """
+    directory = locate(str(path))
+    if (directory / "recipe.json").is_file():
+        from mmjax.assembly import load_workdir
+
+        return load_workdir(directory, dtype, template=template, shardings=shardings)
+    has_config = (directory / "config.json").is_file()
+    adapter_config = directory / "adapter_config.json"
+    if has_config and "adapter_dir" in (index := read_json(directory / "config.json")):
+        return load(directory / index["adapter_dir"], dtype, template=template, shardings=shardings, check_finite=check_finite)
+    if adapter_config.is_file():
+        adapter = peft.read(directory)
+        if not has_config:
+            base = load(locate(adapter.base, directory), dtype, template=template, shardings=shardings, check_finite=check_finite)
+            return with_adapter(base, adapter)
+        # LLaVA's LoRA directories: the config of the whole model, the projector beside the adapter, the language model elsewhere.
+        source = open_published(directory)
+        model = from_published(source, _from_parts(source, adapter.base, dtype, shardings), dtype, template)
+        return with_adapter(model, adapter)
+    if not has_config:
+        raise UserError(f"{directory} has no config.json (nor adapter_config.json, nor an mmjax run's recipe.json)")
+    source = open_published(directory)
+    if source.family is llava_llama.FAMILY and not any((directory / name).is_file() for name in weights.NAMES):
+        base_name = source.foreign.get("_name_or_path", "")
+        return from_published(source, _from_parts(source, base_name, dtype, shardings), dtype, template)
+    leaves = published.load_leaves(source, dtype=dtype, shardings=shardings, check_finite=check_finite)
+    return from_published(source, leaves, dtype, template)
+
+
+def from_published(source: Published, params: Params, dtype: str, template: str) -> Model:
+    """The model of a directory whose leaves are read."""
+    directory, foreign = source.directory, source.foreign
+    generation = directory / "generation_config.json"
+    tokenizer = read_tokenizer(directory) if has_tokenizer(directory) else None
+    processor = None
+    if source.config.vision is not None:
+        processor = read_image_processor(directory, source.config)
+        if processor is None and source.config.connector is not None:
+            aspect = {"pad": "pad", "square": "crop"}.get(str(foreign.get("image_aspect_ratio")), "")
+            processor = image_processor(source.config, aspect=aspect)
+    delimited = bool(foreign.get("mm_use_im_start_end", False))
+    return Model(
+        config=source.config,
+        params=params,
+        family=source.family,
+        foreign=foreign,
+        run=Execution(dtype=dtype),  # type: ignore[arg-type]
+        tokenizer=tokenizer,
+        template=chosen_template(tokenizer, directory, template) if tokenizer is not None else None,
+        image_processor=processor,
+        image_start="<im_start>" if delimited else "",
+        image_end="<im_end>" if delimited else "",
+        generation=read_json(generation) if generation.is_file() else {},
+        bases=published.bases(source),
+    )
+
+
+def chosen_template(tokenizer: Any, directory: Path, name: str = "") -> Template | None:
+    """The template called `name`; without one the tokenizer's own (or the processor's), else v1 where it fits, else None."""
+    if tokenizer.chat_template is None:
+        for file in ("chat_template.json", "processor_config.json"):
+            if (directory / file).is_file() and (found := read_json(directory / file).get("chat_template")):
+                tokenizer.chat_template = found
+                break
+    if name:
+        return templates.get(name, tokenizer)
+    if tokenizer.chat_template is not None:
+        return templates.get("tokenizer", tokenizer)
+    try:
+        return templates.get("v1", tokenizer)
+    except UserError:
+        return None
+
+
+def with_adapter(model: Model, adapter: peft.Adapter) -> Model:
+    """The model with a PEFT adapter beside its weights."""
+    rules = model.family.rules(model.config, model.foreign)
+    lora, leaves = peft.leaves(adapter, rules, model.family.spellings, model.params)
+    config = dataclasses.replace(model.config, adapters=(*model.config.adapters, lora))
+    return dataclasses.replace(
+        model,
+        config=config,
+        params=tree.merge(model.params, leaves),
+        own=model.own | set(tree.flatten(leaves)),
+    )
+
+
+def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32") -> Params:
+    """A connector's leaves from a projector-only file (`mm_projector.bin` and the like), a directory with one, or a whole model's directory.
+
+    Raises UserError with what is missing or does not fit.
+    """
+    place = Path(path)
+    if not place.is_file():
+        place = locate(str(path))
+        named = [place / name for name in PROJECTORS if (place / name).is_file()]
+        if not named and (place / "config.json").is_file():
+            source = open_published(place)
+            if source.config.connector != config:
+                raise UserError(f"{place}: its connector is {source.config.connector}, the recipe's is {config}")
+            return published.load_part(source, "connector", dtype=dtype)
+        if not named:
+            raise UserError(f"{place} has no connector: neither {', '.join(PROJECTORS)} nor a whole model's config.json")
+        place = named[0]
+    shapes = multimodal.shapes(ModelConfig(connector=config))
+    stored = keys.renamed(weights.read(place), (_WRAPPED, *llava_llama.FAMILY.spellings))
+    # mm_projector files of training runs with extra tokens also hold embeddings: those would be lost here.
+    return keys.load(stored, llava_llama.projector_rules(config), shapes, dtype=dtype, where=place)
+
+
+def _from_parts(source: Published, base: str, dtype: str, shardings: Params | None) -> Params:
+    """The leaves of LLaVA's partial directories: language model, vision tower and projector each from where it is published."""
+    where = source.directory
+    if not base:
+        raise UserError(f"{where} has no language model and does not say which one it belongs to; load it through a recipe's model.llm.path")
+    towers = source.family.external(source.foreign)
+    if "vision" not in towers:
+        raise UserError(f"{where}/config.json does not name its vision tower (mm_vision_tower)")
+    llm, vision = open_published(locate(base, where)), open_published(locate(towers["vision"], where))
+    if llm.config.llm != source.config.llm:
+        raise UserError(f"{where}: its language model is {source.config.llm}, that of {base} is {llm.config.llm}")
+    assert source.config.connector is not None
+    return tree.merge(
+        published.load_part(vision, "vision", dtype=dtype, shardings=shardings),
+        load_connector(where, source.config.connector, dtype=dtype),
+        published.load_part(llm, "llm", dtype=dtype, shardings=shardings),
+    )
+
+

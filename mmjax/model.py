@@ -1,0 +1,175 @@
+"""A model with everything that belongs to it: weights, tokenizer, chat template, image processor, and its published names."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
+
+import jax
+import numpy as np
+
+from mmjax.data.collation import collate
+from mmjax.data.encoding import Encoder, Example
+from mmjax.data.images import ImageProcessor
+from mmjax.data.messages import Message, Sample, validated
+from mmjax.data.templates import Template
+from mmjax.errors import UserError
+from mmjax.families.family import Config, Family
+from mmjax.inference.generate import Sampling
+from mmjax.inference.generate import generate as generate_tokens
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.tree import Params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """family, foreign   the published family and its config.json
+    run               how it is executed; run.dtype is that of activations
+    generation        the directory's generation_config.json: ids that begin and end a text
+    bases             published weights under it: reference -> fingerprint
+    own               paths of leaves that came from no published weights
+    """
+
+    config: ModelConfig
+    params: Params
+    family: Family
+    foreign: Config
+    run: Execution = Execution()
+    tokenizer: PreTrainedTokenizerBase | None = None
+    template: Template | None = None
+    image_processor: ImageProcessor | None = None
+    image_start: str = ""
+    image_end: str = ""
+    generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    own: frozenset[str] = frozenset()
+
+    def __call__(self, inputs: Mapping[str, Any], output_hidden_states: bool = False) -> dict[str, jax.Array]:
+        """The outputs for inputs named as the Hugging Face processor or the reference names them.
+
+        Raises UserError for a name that the family does not take.
+        """
+        return self.family.outputs(self.params, self.config, self.foreign, self._known(inputs), self.run, output_hidden_states)
+
+    def generate(
+        self, inputs: Mapping[str, Any], max_new_tokens: int = 16, *, ignore_eos: bool = False, return_scores: bool = False, **sampling: Any
+    ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
+        """The new ids after each row's prompt, int32 [rows, new]: greedy unless `sampling` says otherwise (fields of
+        mmjax.inference.generate.Sampling). Rows that end earlier are filled up with the padding id.
+
+        return_scores   also the logits of each step, float32 [rows, new, vocab]
+        """
+        if self.family.prompt is None:
+            raise UserError(f"a {self.family.model_types[0]} generates nothing")
+        batch = self.family.prompt(self.config, self.foreign, self._known(inputs))
+        settings = self.sampling(max_new_tokens, ignore_eos=ignore_eos, **sampling)
+        out = generate_tokens(self.params, self.config, batch, settings, self.run, return_scores)
+        used = _used(out.tokens, settings.end)
+        return (out.tokens[:, :used], out.scores[:, :used]) if out.scores is not None else out.tokens[:, :used]
+
+    def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **sampling: Any) -> str:
+        """The answer to a conversation: [{"role": "user", "content": [{"type": "image", "path"|"image": ...}, {"type": "text", "text": ...}]}]."""
+        return self.answers([messages], max_new_tokens, **sampling)[0]
+
+    def answers(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 256, **sampling: Any) -> list[str]:
+        """The answers to several conversations, generated together."""
+        examples = [self.prompt(Sample(f"conversation {i}", validated(list(c)))) for i, c in enumerate(conversations)]
+        batch = collate([[example] for example in examples])
+        settings = self.sampling(max_new_tokens, **sampling)
+        tokens = generate_tokens(self.params, self.config, batch, settings, self.run).tokens
+        return [self.text(row) for row in tokens]
+
+    def prompt(self, sample: Sample) -> Example:
+        """A sample's question, encoded, with the pixels of its images (paths are opened as files)."""
+        example = self.encoder().encode(sample, generation_prompt=True)
+        if not example.images:
+            return example
+        if self.image_processor is None:
+            raise UserError("this model has no image processor: its directory lacks preprocessor_config.json")
+        pixels = [self.image_processor.pixels(part.get("image", part.get("path"))) for part in example.images]
+        return dataclasses.replace(example, pixels=np.stack(pixels))
+
+    def encoder(self, max_length: int = 0) -> Encoder:
+        """From samples to ids, as this model's tokenizer and template have it. Raises UserError without them."""
+        if self.tokenizer is None or self.template is None:
+            missing = "tokenizer" if self.tokenizer is None else "chat template (give one: mmjax.load(path, template=...))"
+            raise UserError(f"this model has no {missing}, so it takes ids, but no messages")
+        tokens = self.config.tokens_per_tile
+        return Encoder(self.tokenizer, self.template, tokens, self.image_start, self.image_end, max_length)
+
+    def sampling(self, max_new_tokens: int, *, ignore_eos: bool = False, **settings: Any) -> Sampling:
+        """Settings of generation with this model's ids for the end and for padding."""
+        known = [field.name for field in dataclasses.fields(Sampling)]
+        for name in settings:
+            if name not in known:
+                raise UserError(f"unknown setting of generation {name!r}; known are {', '.join(known)}")
+        settings = {"end": () if ignore_eos else self.end_ids, "pad": self.pad_id, **settings}
+        return Sampling(max_new_tokens=max_new_tokens, **settings)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Ids that end an answer: the config's, the tokenizer's, and the template's stops that are one token."""
+        text = self.foreign.get("text_config", self.foreign)
+        found: list[int] = []
+        for value in (self.generation.get("eos_token_id"), text.get("eos_token_id")):
+            if value is not None:
+                found += value if isinstance(value, list) else [value]
+                break
+        if self.tokenizer is not None:
+            if self.tokenizer.eos_token_id is not None:
+                found.append(self.tokenizer.eos_token_id)
+            for stop in self.template.stops if self.template else ():
+                ids = self.tokenizer(stop, add_special_tokens=False)["input_ids"]
+                found += ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else []
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def pad_id(self) -> int:
+        text = self.foreign.get("text_config", self.foreign)
+        for value in (self.generation.get("pad_token_id"), text.get("pad_token_id"), *self.end_ids):
+            if value is not None and value >= 0:
+                return value
+        return 0
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Generated ids as text: up to the first end or stop, without special tokens, stripped."""
+        assert self.tokenizer is not None
+        end = next((i for i, id in enumerate(ids) if id in self.end_ids), len(ids))
+        text = str(self.tokenizer.decode([int(id) for id in ids[:end]], skip_special_tokens=True))
+        for stop in self.template.stops if self.template else ():
+            text = text.split(stop)[0] if stop.strip() else text
+        return text.strip()
+
+    def save_pretrained(self, path: str | Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True) -> None:
+        """A directory that transformers loads, or that the reference's own code does.
+
+        layout   "hf" (transformers), "original" (LLaVA's authors'), "mmjax" (ours); "" = the one it was read in, or the first that can hold it
+        dtype    of the written weights; "" = as they are held. Adapters are merged into the weights they change.
+        """
+        from mmjax.export import save
+
+        save(self, Path(path), layout=layout, dtype=dtype, merge_adapters=merge_adapters)
+
+    def _known(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        for name in inputs:
+            if name not in self.family.inputs:
+                near = difflib.get_close_matches(name, self.family.inputs, 1)
+                raise UserError(
+                    f"unknown input {name!r}{f' (nearest: {near[0]!r})' if near else ''}; a {self.family.model_types[0]} takes "
+                    f"{', '.join(self.family.inputs)}"
+                )
+        return {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+
+
+def _used(tokens: np.ndarray, end: tuple[int, ...]) -> int:
+    """Columns until the last row has ended."""
+    if not end:
+        return tokens.shape[1]
+    ended = np.isin(tokens, end)
+    lengths = np.where(ended.any(1), ended.argmax(1) + 1, tokens.shape[1])
+    return int(lengths.max()) if len(lengths) else tokens.shape[1]

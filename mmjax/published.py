@@ -1,0 +1,157 @@
+"""Directories with published weights: where they are, what they are, their fingerprint, and their leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from mmjax import tree
+from mmjax.checkpoints import weights
+from mmjax.checkpoints.safetensors import Stored
+from mmjax.errors import UserError
+from mmjax.families import find, keys
+from mmjax.families.family import Config, Family
+from mmjax.families.keys import Rule
+from mmjax.models import multimodal
+from mmjax.models.config import ModelConfig
+from mmjax.tree import Params
+
+SAMPLES = 64  # places of each weight file that go into a fingerprint
+SAMPLE_BYTES = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """A directory of a known family: its config.json (completed), its family and its shapes."""
+
+    directory: Path
+    foreign: Config
+    family: Family
+    config: ModelConfig
+
+
+def locate(name: str, near: Path | None = None) -> Path:
+    """The directory of a path (also relative to `near`), or of a repository id in the local Hugging Face cache.
+
+    Nothing is downloaded. Raises UserError saying what to download.
+    """
+    for candidate in (Path(name).expanduser(), *([near / name] if near else [])):
+        if candidate.is_dir():
+            return candidate.resolve()
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, OSError):
+            pass
+        raise UserError(
+            f"{name} is neither a directory nor in the local Hugging Face cache. Download it where there is a network "
+            f"(`hf download {name}`), or give the path of a directory that has it."
+        )
+    raise UserError(f"{name}: no such directory")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object")
+    return value
+
+
+def open_published(directory: Path) -> Published:
+    """What the directory's config.json says; no weights are read."""
+    where = str(directory / "config.json")
+    foreign = read_json(directory / "config.json")
+    family = find(foreign, where)
+    for part, name in family.external(foreign).items():
+        # The config of a part that is published elsewhere stands only there.
+        if not foreign.get(f"{part}_config"):
+            other = open_published(locate(name, directory)).foreign
+            foreign = {**foreign, f"{part}_config": other.get(f"{part}_config", other)}
+    return Published(directory, foreign, family, family.read_config(foreign, where))
+
+
+def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = False) -> Params:
+    """All leaves of a published model; a part that the directory lacks is read where its config says that it is published."""
+    rules = source.family.rules(source.config, source.foreign)
+    stored = _stored(source)
+    elsewhere: Params = {}
+    for part, name in source.family.external(source.foreign).items():
+        own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
+        if not any(r.name.replace("{i}", "0") in stored for r in own):
+            elsewhere = load_part(open_published(locate(name, source.directory)), part, dtype=dtype, shardings=shardings)
+            rules = [r for r in rules if r not in own]
+    if check_finite:
+        weights.require_finite(stored)
+    return tree.merge(_load(source, stored, rules, dtype, shardings), elsewhere)
+
+
+def load_part(source: Published, part: str, *, dtype: Any, shardings: Params | None = None) -> Params:
+    """One part ("llm", "vision") of a published model, whatever else the directory holds.
+
+    An encoder's projection and classification heads stay behind: a connector does not read them.
+    """
+    rules = source.family.rules(source.config, source.foreign)
+    shapes, stored = multimodal.shapes(source.config), _stored(source)
+    keys.check(stored, rules, shapes, **_expected(source))
+    heads = ("vision/projection/", "vision/head/")
+    rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(heads)]
+    wanted = {name for r in rules for name in keys.names(r, shapes)}
+    return _load(source, {name: tensor for name, tensor in stored.items() if name in wanted}, rules, dtype, shardings)
+
+
+def _stored(source: Published) -> dict[str, Stored]:
+    return keys.renamed(weights.read(source.directory), source.family.spellings)
+
+
+def _expected(source: Published) -> dict[str, Any]:
+    return {"copies": source.family.copies(source.config), "unused": source.family.unused, "where": source.directory}
+
+
+def _load(source: Published, stored: dict[str, Stored], rules: list[Rule], dtype: Any, shardings: Params | None) -> Params:
+    shapes = multimodal.shapes(source.config)
+    return keys.load(stored, rules, shapes, dtype=dtype, shardings=shardings, **_expected(source))
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash that changes with any weight file's name, size, header or sampled bytes, with config.json, and with a run's checkpoints.
+
+    Reads a few hundred KB of each file, not all of it.
+    """
+    digest = hashlib.sha256()
+    named = [directory / name for name in ("config.json", "adapter_config.json", "recipe.json")]
+    files = sorted(p for p in directory.iterdir() if p.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    for path in [*named, *files, *sorted(directory.glob("checkpoints/*/*/manifest.json"))]:
+        if not path.is_file():
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(directory)}\0{size}\0".encode())
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))  # headers, and small files as a whole
+            for k in range(SAMPLES if size > 1 << 20 else 0):
+                file.seek((size - SAMPLE_BYTES) * k // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def bases(source: Published) -> dict[str, str]:
+    """Reference -> fingerprint of a directory, and of those that hold parts of it."""
+    others = [locate(name, source.directory) for name in source.family.external(source.foreign).values() if _at_hand(name, source)]
+    return {str(directory): fingerprint(directory) for directory in (source.directory, *others)}
+
+
+def _at_hand(name: str, source: Published) -> bool:
+    try:
+        locate(name, source.directory)
+    except UserError:
+        return False
+    return True

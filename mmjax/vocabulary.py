@@ -1,0 +1,68 @@
+"""Tokenizers of our own, for language models that begin from nothing: trained on the recipe's texts, kept as a Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Iterable, Sequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+NEWLINE_WORD_OR_MARK = r"\n|[\p{L}\p{M}]+|\p{N}|[^\s\p{L}\p{M}\p{N}]"
+
+
+def train(
+    texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 4096, min_frequency: int = 1, markers: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """A tokenizer trained on `texts`.
+
+    kind      "word": lower-cased words, single digits, marks and newlines; white space is not kept.
+              "bpe": byte-level pairs (arXiv 1508.07909), which can write anything
+    markers   further strings that are to be one token each (those of the chat template)
+    The same texts in the same order give the same tokenizer. A text begins with <s> where special tokens are asked for.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [*SPECIAL, *(marker for marker in markers if marker not in SPECIAL)]
+    trainer: trainers.Trainer
+    if kind == "word":
+        tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(NEWLINE_WORD_OR_MARK), "removed", invert=True)
+        trainer = trainers.WordLevelTrainer(vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=special)
+    elif kind == "bpe":
+        tokenizer = Tokenizer(models.BPE(unk_token=None))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=min_frequency,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+    else:
+        raise ValueError(f"unknown kind of tokenizer {kind!r}; there are word and bpe")
+    tokenizer.train_from_iterator(texts, trainer)
+    begin = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=[token for token in special if token not in SPECIAL[:4]],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_once(directory: Path, texts: Iterable[str], **settings) -> PreTrainedTokenizerFast:
+    """The tokenizer of `directory`, trained and saved there if it is not there yet."""
+    from mmjax.preprocessing import has_tokenizer, read_tokenizer
+
+    if not has_tokenizer(directory):
+        train(texts, **settings).save_pretrained(str(directory))
+    return read_tokenizer(directory)  # type: ignore[return-value]

@@ -1,0 +1,188 @@
+"""Compares the package with recorded references: `python -m tests.golden DIR [DIR ...]`.
+
+A directory holds config.json, inputs.npz, outputs.npz and usually weights. What is run is decided by `model_type` and the fields of
+config.json alone. One line for each directory; exit code 0 only if nothing failed and nothing was unsupported.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import jax
+import numpy as np
+
+import mmjax
+from mmjax.data import encoding, messages, templates
+from mmjax.data.images import ImageProcessor
+from mmjax.errors import UserError
+from mmjax.families import FAMILIES
+from mmjax.preprocessing import read_tokenizer
+
+TOLERANCE = 2e-4  # relative to the largest value of the reference
+NOTES = ("generated_margin",)  # about the outputs, not of them
+Arrays = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Result:
+    """`status`: PASS, FAIL or UNSUPPORTED."""
+
+    status: str
+    compared: int = 0
+    present: int = 0
+    difference: float = 0.0
+    relative: float = 0.0
+    why: str = ""
+
+
+class Unsupported(Exception):
+    pass
+
+
+def main(directories: list[str]) -> int:
+    jax.config.update("jax_default_matmul_precision", "highest")
+    results = []
+    for name in directories:
+        result = run(Path(name))
+        results.append(result)
+        line = f"{name}  {result.status}  {result.compared}/{result.present}  {result.difference:.2e}  {result.relative:.2e}"
+        print(line + (f"  {result.why}" if result.why else ""), flush=True)
+    counts = [sum(r.status == status for r in results) for status in ("PASS", "FAIL", "UNSUPPORTED")]
+    print("{} passed, {} failed, {} unsupported".format(*counts))
+    return 0 if results and counts[0] == len(results) else 1
+
+
+def run(directory: Path) -> Result:
+    """One directory's result."""
+    if not (directory / "config.json").is_file():
+        return Result("FAIL", why="no config.json")
+    config = json.loads((directory / "config.json").read_text())
+    inputs = dict(np.load(directory / "inputs.npz"))
+    reference = dict(np.load(directory / "outputs.npz"))
+    wanted = {name: value for name, value in reference.items() if name not in NOTES}
+    try:
+        compute = computation(config)
+        found = compute(directory, config, inputs, set(wanted))
+    except Unsupported as error:
+        return Result("UNSUPPORTED", 0, len(wanted), why=str(error))
+    except (UserError, ValueError) as error:
+        return Result("FAIL", 0, len(wanted), why=" ".join(str(error).split())[:400])
+    missing = sorted(set(wanted) - set(found))
+    difference = relative = 0.0
+    wrong = []
+    for name in sorted(set(wanted) & set(found)):
+        apart, allowed = _apart(np.asarray(found[name]), wanted[name], name, inputs, reference)
+        scale = float(np.abs(wanted[name].astype(np.float64)).max()) if wanted[name].size else 0.0
+        difference, relative = max(difference, apart), max(relative, apart / scale if scale else apart)
+        if not apart <= allowed:
+            wrong.append(name)
+    why = "; ".join([f"differs: {', '.join(wrong)}"] * bool(wrong) + [f"not computed: {', '.join(missing)}"] * bool(missing))
+    status = "FAIL" if wrong or missing else "PASS"
+    if wrong and "note" in config:
+        why += f" (the reference says of itself: {config['note']})"
+    return Result(status, len(wanted) - len(missing), len(wanted), difference, relative, why)
+
+
+def _apart(found: np.ndarray, wanted: np.ndarray, name: str, inputs: Arrays, reference: Arrays) -> tuple[float, float]:
+    """The largest difference at real positions, and what is allowed."""
+    if found.shape != wanted.shape:
+        return float("inf"), 0.0
+    if np.issubdtype(wanted.dtype, np.integer):
+        return float(np.abs(found.astype(np.int64) - wanted).max(initial=0)), 0.0
+    difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
+    mask = reference.get("spliced_attention_mask", inputs.get("attention_mask"))
+    if mask is not None and difference.shape[:2] == mask.shape:
+        difference = np.where(mask.reshape(*mask.shape, *[1] * (difference.ndim - 2)) != 0, difference, 0)
+    largest = float(difference.max(initial=0))
+    scale = float(np.abs(wanted).max(initial=0))
+    return (largest if np.isfinite(largest) else float("inf")), TOLERANCE * scale
+
+
+def computation(config: Arrays) -> Callable[[Path, Arrays, Arrays, set[str]], Arrays]:
+    """What computes the outputs of a golden of this type. Raises Unsupported."""
+    kind = config["model_type"]
+    if "hf_model_type" not in config and kind in PARTS:
+        return PARTS[kind]
+    if any((config.get("hf_model_type") or kind) in family.model_types for family in FAMILIES):
+        return whole_model
+    raise Unsupported(config.get("hf_model_type") or kind)
+
+
+def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    model = mmjax.load(directory)
+    given = {name: value for name, value in inputs.items() if name in model.family.inputs}
+    if unknown := sorted(set(inputs) - set(given)):
+        raise Unsupported(f"inputs {', '.join(unknown)}")
+    found: Arrays = dict(model(given, output_hidden_states=any("hidden_states_" in name for name in wanted)))
+    if "generated_ids" in wanted:
+        flags = config.get("golden_flags", {})
+        prompt = _prompt(given, flags.get("generate_row", -1), flags.get("generate_images"))
+        new = 16 if "generated_tokens" not in flags else flags["generated_tokens"]
+        ids, scores = model.generate(prompt, max_new_tokens=new, ignore_eos=True, return_scores=True)
+        found["generated_ids"], found["generated_scores"] = ids, scores
+    return found
+
+
+def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
+    """The inputs that were generated from: all rows, or one of them without its padding, with its images (a number of them, or a range)."""
+    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "position_ids")}
+    if row < 0:
+        return inputs
+    keep = inputs["attention_mask"][row] != 0 if "attention_mask" in inputs else slice(None)
+    prompt = {"input_ids": inputs["input_ids"][row : row + 1, keep]}
+    first, last = images if isinstance(images, list) else (0, images)
+    media = {name: inputs[name][first:last] for name in ("pixel_values", "images") if name in inputs}
+    return {**prompt, **media}
+
+
+def label_mask(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    if config["template"] not in templates.NAMES:
+        raise Unsupported(f"template {config['template']}")
+    tokenizer = read_tokenizer(directory.parent / config["tokenizer"])
+    encoder = encoding.Encoder(tokenizer, templates.get(config["template"], tokenizer), tokens_per_image=1)
+    found: Arrays = {}
+    for k, row in enumerate(config["conversations"]):
+        example = encoder.encode(messages.from_llava(row, str(k)))
+        found[f"input_ids_{k}"] = np.where(example.media, config["image_token_index"], example.ids)
+        found[f"labels_{k}"] = np.where(example.labels == encoding.IGNORED, config["ignore_index"], example.labels)
+    return found
+
+
+def image_processor(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    aspects = {"clip": "crop", "siglip": "squash", "llava_original_pad": "pad"}
+    if config["pipeline"] not in aspects:
+        raise Unsupported(f"pipeline {config['pipeline']}")
+    settings = config["effective_processor_config"]
+    size = settings.get("crop_size", settings["size"])
+    family = _of_pipeline(config["pipeline"])
+    processor = ImageProcessor(
+        (size["height"], size["width"]),
+        aspects[config["pipeline"]],
+        tuple(settings.get("image_mean", family[0])),
+        tuple(settings.get("image_std", family[1])),
+        settings["resample"],
+        settings["size"].get("shortest_edge", 0),
+    )
+    found = {}
+    for name in (n for n in inputs if n.startswith("image_")):
+        pixels = processor.normalise(processor.pixels(inputs[name])).transpose(2, 0, 1)
+        # The references' processors return batches, LLaVA's own function single pictures.
+        found[name.replace("image_", "pixel_values_")] = pixels if config["pipeline"] == "llava_original_pad" else pixels[None]
+    return found
+
+
+def _of_pipeline(pipeline: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    from mmjax.families import clip_vision, siglip_vision
+
+    module = siglip_vision if pipeline == "siglip" else clip_vision
+    return module.MEAN, module.STD
+
+
+PARTS = {"label_mask": label_mask, "image_processor": image_processor}
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
