@@ -29,7 +29,8 @@ class Sample:
     id        what reports call it
     messages  as `validated` returns them
     kind      the kind of question, for figures per kind
-    answers   what an evaluation accepts; for the classification objective the class
+    answers   what an evaluation accepts, the last answer itself if the data says nothing else; for the classification
+              objective the class
     """
 
     id: str
@@ -55,10 +56,8 @@ def from_messages(row: Mapping[str, Any], id: str) -> Sample:
     Raises BadSample.
     """
     id = _id(row, id)
-    answers = row.get("answers", ())
-    answers = (answers,) if isinstance(answers, (str, int)) else answers
     messages = validated(row.get("messages"), id, _images(row, id))
-    return Sample(id, messages, str(row.get("kind", "")), tuple(map(str, answers)))
+    return Sample(id, messages, str(row.get("kind", "")), _answers(row, messages))
 
 
 def from_llava(row: Mapping[str, Any], id: str) -> Sample:
@@ -84,7 +83,8 @@ def from_llava(row: Mapping[str, Any], id: str) -> Sample:
         if text.count(PLACEHOLDER) == 1:
             text = f"{PLACEHOLDER}\n{text.replace(PLACEHOLDER, '').strip()}".strip()
         messages.append({"role": role, "content": text})
-    return Sample(id, validated(messages, id, _images(row, id)), str(row.get("kind", "")))
+    messages = validated(messages, id, _images(row, id))
+    return Sample(id, messages, str(row.get("kind", "")), _answers(row, messages))
 
 
 def validated(messages: Any, id: str = "(conversation)", images: Sequence[Any] = ()) -> list[Message]:
@@ -169,6 +169,11 @@ def _split(text: str) -> list[dict[str, Any]]:
 
 def _id(row: Mapping[str, Any], id: str) -> str:
     return str(row["id"]) if row.get("id") is not None else id
+
+
+def _answers(row: Mapping[str, Any], messages: Sequence[Message]) -> tuple[str, ...]:
+    found = row.get("answers", [text(messages[-1])] if messages[-1]["role"] == "assistant" else [])
+    return tuple(map(str, found if isinstance(found, list) else [found]))
 
 
 def _images(row: Mapping[str, Any], id: str) -> list[Any]:

@@ -26,6 +26,7 @@ def test_llava_conversations_become_messages():
     ]
     assert text(sample.messages[0]) == "\nWhat is this?"
     assert question(sample.messages) == sample.messages[:1]
+    assert sample.answers == ("A cat.",)
 
 
 def test_a_first_turn_by_the_model_is_skipped_and_a_missing_id_is_the_row():
@@ -70,6 +71,7 @@ def test_messages_rows_take_paths_lists_and_placeholders():
     reply = {"role": "assistant", "content": "A cat."}
     sample = from_messages({"id": "m", "messages": [inline, reply], "kind": "what", "answers": ["A cat.", 3]}, "")
     assert (sample.kind, sample.answers) == ("what", ("A cat.", "3"))
+    assert from_messages({"messages": [inline, reply], "answers": 7}, "").answers == ("7",)
     listed = {"messages": [{"role": "user", "content": "<image>What?"}, reply], "images": ["a.png"]}
     assert from_messages(listed, "").messages == sample.messages
     bare = {
