@@ -211,16 +211,16 @@ class Store:
             },
             "optimizer": [[name, *_described(leaf)] for name, leaf in zip(names, optimizer.values())],
         }
-        path = self.folder / stage / _name(step)
+        folder = self.folder / stage / _name(step)
         self.wait()
         self._checkpointer.save(
-            path,
+            folder,
             args=ocp.args.Composite(
                 params=ocp.args.PyTreeSave(tree.unflatten(leaves)), optimizer=ocp.args.PyTreeSave(optimizer)
             ),
             force=True,
         )
-        self._finishing = self._background.submit(self._finish, path, manifest)
+        self._finishing = self._background.submit(self._finish, folder, manifest)
         if not self.options.asynchronous:
             self.wait()
 

@@ -95,3 +95,7 @@ def batch(rows: int = 8, length: int = 16, groups: int = 8, seed: int = 0, class
         tiles=np.ones((groups, tiles), bool),
         classes=random.integers(0, 5, (groups, tiles)).astype(np.int32) if classes else None,
     )
+
+
+def paths(params: dict) -> list[str]:
+    return list(tree.flatten(params))

@@ -1,0 +1,304 @@
+"""Training, read from the top: every stage is split, placed, restored, then run step after step until it ends."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import signal
+import time
+from pathlib import Path
+from typing import Any, Callable, Generator, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mmjax import flops, tree
+from mmjax.batch import Batch
+from mmjax.checkpoints.store import Checkpoint, Store, overlay
+from mmjax.config import Recipe
+from mmjax.data.pipeline import Info, Pipeline
+from mmjax.errors import UserError
+from mmjax.models.config import ModelConfig
+from mmjax.models.layers import as_bits, stored
+from mmjax.parallel.sharding import batch_shardings, param_shardings
+from mmjax.training.metrics import Best, Board, Clock, Journal, Speed, format_line, parameter_table
+from mmjax.training.optimizer import make_optimizer, make_schedule
+from mmjax.training.state import State, init_state, state_shapes, state_shardings
+from mmjax.training.step import StepMetrics, make_eval_step, make_train_step
+from mmjax.training.trainable import join, select, split
+from mmjax.tree import Params
+
+log = logging.getLogger(__name__)
+
+LAG = 2  # steps the host runs ahead of the metrics it reads, so that the device never waits for it
+DEVICE_PREFETCH = 2  # batches on their way to the device
+
+
+class Terminated(SystemExit):
+    """The run was asked to stop (SIGTERM), and everything is saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all stages of a run share."""
+
+    recipe: Recipe
+    workdir: Path
+    mesh: Mesh
+    store: Store
+    terminating: list[bool]  # gets an element when SIGTERM arrives; see `on_sigterm`
+
+
+def train(
+    run: Run,
+    config: ModelConfig,
+    params: Params,
+    own: set[str],
+    pipelines: Callable[[str], tuple[Pipeline, Pipeline | None]],
+) -> Params:
+    """Runs the stages of the recipe, from wherever an earlier start of the same command was stopped.
+
+    params     as assembled, before any training; not to be used afterwards
+    own        paths of leaves that have no published base
+    pipelines  by a stage's name, its training data and its held-out data
+    Raises UserError for a loss that is not finite, naming the samples; Terminated after a SIGTERM.
+    """
+    names = run.recipe.run
+    found = run.store.resume(names)
+    for journal in _journals(run.workdir):
+        journal.rewind(names, found.stage if found else names[0], found.step if found else -1)
+    if found is not None:
+        log.info("going on from %s", found.path)
+        params = overlay(params, found, param_shardings(params, run.mesh))
+        saved = (leaf.split("/", 1) for leaf in found.manifest["leaves"])
+        own = own | {path for kind, path in saved if found.ended or kind == "own"}
+    first = names.index(found.stage) + found.ended if found else 0
+    for name in names[first:]:
+        training, validation = pipelines(name)
+        trained = select(params, run.recipe.stages[name].trainable, f"stages.{name}.trainable").leaves
+        here = found if found and found.stage == name else None
+        params = train_stage(run, name, config, params, own, training, validation, here)
+        own = own | set(trained)
+    run.store.wait()
+    return params
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    config: ModelConfig,
+    params: Params,
+    own: set[str],
+    pipeline: Pipeline,
+    validation: Pipeline | None,
+    found: Checkpoint | None,
+) -> Params:
+    """Trains the stage `name` to its end and returns the model's parameters.
+
+    params   with everything earlier stages left, and, where `found` is a checkpoint of this stage, with its leaves laid over
+             them; not to be used afterwards
+    own      paths of the leaves that differ from their published base, or have none
+    Raises UserError for a loss that is not finite, naming the samples; Terminated after a SIGTERM.
+    """
+    stage, key = run.recipe.stages[name], f"stages.{name}"
+    steps, start = pipeline.steps, found.step if found else 0
+
+    # ---- what trains, and where it lives
+    selection = select(params, stage.trainable, f"{key}.trainable")
+    log.info("stage %s\n%s", name, parameter_table(params, selection))
+    shardings = param_shardings(params, run.mesh)
+    trainable, frozen = split(jax.device_put(params, shardings), selection, stage.param_dtype)
+    frozen = _hold(frozen, run.recipe.model.dtype, whole=set(selection.ranges))
+    del params
+
+    optimizer = make_optimizer(stage.optimizer, trainable, steps, f"{key}.optimizer")
+    schedule = make_schedule(stage.optimizer, steps)
+    placed = state_shardings(trainable, optimizer, run.mesh)
+    if found is None:
+        state = init_state(trainable, optimizer, run.mesh)
+    else:
+        moments = found.optimizer(state_shapes(trainable, optimizer).optimizer, placed.optimizer)
+        step = jax.device_put(jnp.asarray(start, jnp.int32), placed.step)
+        state = State(step, jax.device_put(trainable, placed.trainable), moments)
+    del trainable
+
+    seed = run.recipe.seed + run.recipe.run.index(name)
+    train_step = make_train_step(config, stage, selection, optimizer, schedule, run.mesh, placed, seed)
+    eval_step = make_eval_step(config, stage, selection, run.mesh) if validation else None
+
+    def save(validation_loss: float | None = None, ended: bool = False) -> None:
+        kept = {path: stored(leaf) for path, leaf in tree.flatten(frozen).items() if path in own}
+        run.store.save(name, done, state, kept, selection.ranges, ended=ended, validation_loss=validation_loss)
+
+    # ---- what is said
+    metrics, skipped = _journals(run.workdir)
+    best = Best()
+    for line in metrics.read():
+        if line["stage"] == name and line.get("validation_loss") is not None:
+            best.see(line["validation_loss"])
+    if start == 0:
+        for item in pipeline.skipped:
+            skipped.write(name, 0, dataclasses.asdict(item))
+    board = Board(run.workdir / "tensorboard", name, start + 1) if run.recipe.logging.tensorboard else None
+    speed = Speed(flops.training_flops(config, selection, stage.objective), encoded=not stage.cache_features)
+    clock = Clock(start, steps)
+
+    def report(step: int, info: Info, values: StepMetrics, validate: Callable[[], float] | None = None) -> None:
+        """Stops the run where the step broke; writes its line where one is due."""
+        loss, finite = jax.device_get((values.loss, values.finite))
+        if not finite:
+            raise UserError(_broken(name, step, info, values, float(loss)))
+        for item in info.skipped:
+            skipped.write(name, step, dataclasses.asdict(item))
+        if step % run.recipe.logging.every and step != steps and not validate:
+            return
+        figures: dict[str, Any] = {
+            "loss": float(loss),
+            "gradient_norm": float(values.gradient_norm),
+            "learning_rate": float(values.learning_rate),
+            "epoch": info.epoch,
+            **speed.read(),
+        }
+        if validate:
+            figures["validation_loss"] = validate()
+            speed.restart()
+        if jax.process_index() == 0:
+            metrics.write(name, step, figures)
+            if board:
+                board.write(step, figures)
+            tqdm.write(format_line(name, step, steps, figures, clock.left(step)))
+
+    def validate() -> float:
+        assert eval_step is not None and validation is not None
+        batches = _on_device(validation.batches(0), run.mesh)
+        sums = [eval_step(state.trainable, frozen, batch) for batch, _ in batches]
+        total, weight = (float(np.sum(jax.device_get(values), dtype=np.float64)) for values in zip(*sums))
+        loss = total / max(weight, 1.0)
+        best.see(loss)
+        return loss
+
+    # ---- the loop
+    done = start
+    waiting: collections.deque[tuple[int, Info, StepMetrics]] = collections.deque()
+    feed = _on_device(pipeline.batches(start), run.mesh)
+    profiling = False
+    for done in tqdm(range(start + 1, steps + 1), name, steps, initial=start, disable=None, unit="step"):
+        asked = time.perf_counter()
+        batch, info = next(feed)
+        speed.count(info, time.perf_counter() - asked)
+        if done == run.recipe.logging.profile_step:
+            jax.profiler.start_trace(str(run.workdir / "profile"))
+            profiling = True
+
+        state, values = train_step(state, frozen, batch)
+
+        if done == start + 1:
+            jax.block_until_ready(values.loss)
+            log.info("%s: first step, with compilation: %.1f s", name, time.perf_counter() - asked)
+            speed.restart()
+            clock.restart()
+        if profiling and done >= run.recipe.logging.profile_step + run.recipe.logging.profile_steps - 1:
+            jax.block_until_ready(values.loss)
+            jax.profiler.stop_trace()
+            profiling = False
+
+        waiting.append((done, info, values))
+        stopping = _asked_to_stop(run, done)
+        validating = validation is not None and (done % stage.validation.every == 0 or done == steps)
+        saving = stopping or (run.recipe.checkpoint.every and done % run.recipe.checkpoint.every == 0)
+        while len(waiting) > (1 if validating else 0 if saving or done == steps else LAG):
+            report(*waiting.popleft())
+        if validating:
+            report(*waiting.popleft(), validate)
+            if stage.validation.patience and best.since >= stage.validation.patience:
+                log.info("%s stops at step %d: %d validations without a gain", name, done, best.since)
+                break
+        if done < steps and (saving or (validating and run.recipe.checkpoint.keep_best)):
+            save(best.last if validating else None)
+        if done < steps and stopping:
+            run.store.close()
+            raise Terminated(128 + signal.SIGTERM)
+
+    # ---- the end of the stage
+    feed.close()
+    if stage.validation.patience and best.since and (winner := run.store.best(name)) is not None:
+        log.info("%s ends with the weights of step %d, its lowest held-out loss", name, winner.step)
+        leaves = winner.leaves(shardings)
+        trained = {path.removeprefix("trained/"): leaf for path, leaf in leaves.items() if path.startswith("trained/")}
+        state = dataclasses.replace(state, trainable=tree.unflatten(trained))
+    save(best.last, ended=True)
+    if board:
+        board.close()
+    if pipeline.skipped:
+        log.warning("%s: %d samples were skipped; see %s", name, len(pipeline.skipped), skipped.path)
+    if run.terminating:
+        run.store.close()
+        raise Terminated(128 + signal.SIGTERM)
+    return join(state.trainable, _release(frozen), selection)
+
+
+def on_sigterm(terminating: list[bool]) -> None:
+    """From now on SIGTERM is noted instead of killing; `train_stage` saves and stops at the next step."""
+    signal.signal(signal.SIGTERM, lambda *_: terminating.append(True))
+
+
+def _asked_to_stop(run: Run, step: int) -> bool:
+    """Whether SIGTERM has arrived; with several processes, whether they have agreed on this step to stop at."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point(step)
+    return bool(run.terminating)
+
+
+def _on_device(batches: Iterator[tuple[Batch, Info]], mesh: Mesh) -> Generator[tuple[Batch, Info], None, None]:
+    """The batches, a few ahead, divided over the mesh. Each process brings the rows of its own data shards."""
+    ahead: collections.deque[tuple[Batch, Info]] = collections.deque()
+    for batch, info in batches:
+        shardings = batch_shardings(batch, mesh)
+        ahead.append((jax.tree.map(jax.make_array_from_process_local_data, shardings, batch), info))
+        if len(ahead) > DEVICE_PREFETCH:
+            yield ahead.popleft()
+    yield from ahead
+
+
+def _hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
+    """Frozen leaves as the step takes them: floating-point ones in `dtype`. On CPUs stacked bfloat16 kernels (but for
+    those in `whole`) are held as bits, since XLA:CPU would widen a whole stack (see mmjax.models.layers.stored)."""
+
+    def held(path: str, leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            leaf = leaf.astype(dtype)
+        stacked_kernel = "/layers/" in path and path.endswith("/kernel") and path not in whole
+        return as_bits(leaf) if stacked_kernel and jax.default_backend() == "cpu" else leaf
+
+    return tree.unflatten({path: held(path, leaf) for path, leaf in tree.flatten(frozen).items()})
+
+
+def _release(frozen: Params) -> Params:
+    """The numbers of what `_hold` made bits."""
+    return jax.tree.map(stored, frozen)
+
+
+def _broken(name: str, step: int, info: Info, values: StepMetrics, loss: float) -> str:
+    """The message for a step whose loss or gradient is not finite, with the samples of the offending rows."""
+    local = {shard.index[0].start or 0: np.asarray(shard.data) for shard in values.losses.addressable_shards}
+    losses = np.concatenate([local[start] for start in sorted(local)])
+    per_entry = len(info.ids) // len(losses)  # rows for each entry: 1, or the rows of a group in classification
+    bad = [row for row in range(len(info.ids)) if not np.isfinite(losses[row // per_entry])]
+    ids = [id for row in bad or range(len(info.ids)) for id in info.ids[row]]
+    what = f"the loss is {loss}" if not np.isfinite(loss) else "the loss is finite but its gradient is not"
+    where = "in these samples" if bad else "in a step of these samples"
+    return (
+        f"{name}, step {step}: {what}, {where}: {', '.join(ids)}. Nothing was changed by this step; the checkpoints are "
+        f"from before it. Look at those samples, lower stages.{name}.optimizer.learning_rate, or set clip_norm."
+    )
+
+
+def _journals(workdir: Path) -> tuple[Journal, Journal]:
+    """The figures of the steps, and the samples that were skipped (of this process)."""
+    process = f"-{jax.process_index()}" if jax.process_index() else ""
+    return Journal(workdir / f"metrics{process}.jsonl"), Journal(workdir / f"skipped{process}.jsonl")

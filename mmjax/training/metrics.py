@@ -1,0 +1,191 @@
+"""What a run says about itself: a line for each logging step, metrics.jsonl, TensorBoard, the first table."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import tensorboardX
+
+from mmjax import flops, tree
+from mmjax.data.pipeline import Info
+from mmjax.training.trainable import Selection
+from mmjax.tree import Params
+
+
+class Journal:
+    """A JSONL file whose lines carry `stage` and `step`, and which can be taken back to the step of a checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def read(self) -> list[dict[str, Any]]:
+        """The whole lines; one that a kill cut short is left out."""
+        found = []
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+        return found
+
+    def rewind(self, run: Sequence[str], stage: str, step: int) -> None:
+        """Drops what lies beyond `step` of `stage`: the run is about to do it again."""
+        done = run.index(stage)
+        kept = [
+            line
+            for line in self.read()
+            if line["stage"] not in run[done:] or (line["stage"] == stage and line["step"] <= step)
+        ]
+        beside = self.path.with_suffix(".new")
+        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        beside.replace(self.path)
+
+    def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a line. What is not a finite number becomes null, since JSON has no other word for it."""
+        numbers = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **numbers}) + "\n")
+
+
+class Board:
+    """TensorBoard: one graph for each stage and figure, over the stage's steps."""
+
+    def __init__(self, folder: Path, stage: str, first_step: int):
+        # Events after a kill are purged where the run goes on.
+        self._writer = tensorboardX.SummaryWriter(str(folder / stage), purge_step=first_step, flush_secs=10)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Speed:
+    """Rates since the last line of the log.
+
+    cost   FLOPs of the stage, see mmjax.flops; encoded: the encoder runs (it does not where its features are cached)
+    """
+
+    def __init__(self, cost: flops.Flops, encoded: bool):
+        self.cost, self.encoded = cost, encoded
+        self.restart()
+
+    def restart(self) -> None:
+        self._start, self._wait, self._flops = time.perf_counter(), 0.0, 0.0
+        self._infos: list[Info] = []
+
+    def count(self, info: Info, wait: float) -> None:
+        """A step was begun after waiting `wait` seconds for its batch."""
+        self._infos.append(info)
+        self._wait += wait
+        lengths = [info.tokens / info.samples] * info.samples if info.samples else []
+        self._flops += sum(self.cost.count(lengths, info.supervised, info.images, self.encoded).values())
+
+    def read(self) -> dict[str, float]:
+        """tokens_per_second (real tokens), samples_per_second, padding and loader_wait (shares), peak_memory (bytes), and
+        mfu where the device's peak is known; starts anew. Rows of other processes are taken to be like this one's."""
+        seconds = time.perf_counter() - self._start
+        processes, steps = jax.process_count(), max(1, len(self._infos))
+        device = jax.devices()[0]
+        values = {
+            "tokens_per_second": sum(info.tokens for info in self._infos) * processes / seconds,
+            "samples_per_second": sum(info.samples for info in self._infos) * processes / seconds,
+            "padding": sum(info.padding for info in self._infos) / steps,
+            "loader_wait": self._wait / seconds,
+            "peak_memory": peak_memory(),
+        }
+        mfu = flops.mfu(self._flops * processes, seconds, jax.device_count(), device.device_kind)
+        if mfu is not None:
+            values["mfu"] = mfu
+        self.restart()
+        return values
+
+
+def peak_memory() -> int:
+    """Bytes: the most that a local device has held, or, on devices that do not count (CPUs), this process."""
+    held = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if any(held):
+        return max(held)
+    kibibytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kibibytes
+
+
+def format_line(stage: str, step: int, steps: int, values: Mapping[str, Any], seconds_left: float) -> str:
+    """The line of the log for a step."""
+    words = [f"{stage} {step}/{steps}"]
+    if "loss" in values:
+        words.append(
+            f"loss {values['loss']:.4f}  grad {values['gradient_norm']:.3g}  lr {values['learning_rate']:.3g}  "
+            f"{values['tokens_per_second']:,.0f} tok/s  {values['samples_per_second']:,.1f} samples/s  "
+            f"padding {values['padding']:.1%}  loader {values['loader_wait']:.1%}  {values['peak_memory'] / 2**30:.2f} GiB"
+        )
+        words.append(f"MFU {values['mfu']:.1%}" if "mfu" in values else "MFU - (peak unknown)")
+    if "validation_loss" in values:
+        words.append(f"held-out loss {values['validation_loss']:.4f}")
+    words.append(f"{_shown_time(seconds_left)} left")
+    return "  ".join(words)
+
+
+def parameter_table(params: Params, selection: Selection) -> str:
+    """Parts with their parameters, those that a stage trains, and bytes as held."""
+    parts: dict[str, Params] = {}
+    for path, leaf in tree.flatten(params).items():
+        name = "adapters" if "/adapters/" in path else path.split("/")[0]
+        parts.setdefault(name, {})[path] = leaf
+    lines = [f"{'part':12} {'parameters':>15} {'trainable':>15} {'bytes':>12}"]
+    rows = {**parts, "total": {path: leaf for leaves in parts.values() for path, leaf in leaves.items()}}
+    for name, leaves in rows.items():
+        size = sum(leaf.size for leaf in leaves.values())
+        held = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves.values())
+        lines.append(f"{name:12} {size:15,} {selection.count(leaves):15,} {held / 2**20:8,.1f} MiB")
+    return "\n".join(lines)
+
+
+class Clock:
+    """How long the rest of a stage will take."""
+
+    def __init__(self, start: int, steps: int):
+        self._first, self._steps = start + 1, steps
+        self.restart()
+
+    def restart(self) -> None:
+        """The first step, which compiles, is done."""
+        self._began = time.perf_counter()
+
+    def left(self, step: int) -> float:
+        """Seconds."""
+        done = max(1, step - self._first)
+        return (time.perf_counter() - self._began) / done * (self._steps - step)
+
+
+@dataclasses.dataclass
+class Best:
+    """The validation losses of a stage: the last, the lowest, and how many there were since the lowest."""
+
+    last: float | None = None
+    loss: float = math.inf
+    since: int = 0
+
+    def see(self, loss: float) -> None:
+        self.last = loss
+        self.since = 0 if loss < self.loss else self.since + 1
+        self.loss = min(self.loss, loss)
+
+
+def _shown_time(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60}:{rest % 60:02}"

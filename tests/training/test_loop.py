@@ -1,0 +1,182 @@
+"""A run is the same whether or not it was killed; a NaN names its samples; frozen bytes stay; the end is what was best."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from mmjax import config, tree
+from mmjax.checkpoints.store import Checkpoint, newest, overlay
+from mmjax.errors import UserError
+from mmjax.models import multimodal
+from tests.training import small_run, tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _lines(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _losses(workdir: Path) -> list[tuple]:
+    keys = ("stage", "step", "loss", "gradient_norm", "learning_rate")
+    return [(*(line[key] for key in keys), line.get("validation_loss")) for line in _lines(workdir)]
+
+
+def _start(workdir: Path, cache: Path) -> subprocess.Popen:
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.training.small_run", str(workdir)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def _wait_for_line(process: subprocess.Popen, workdir: Path, count: int, before: int = 0) -> None:
+    """Until this start (which replaces the file, whose number was `before`) has written so many lines in all."""
+    file = workdir / "metrics.jsonl"
+    while process.poll() is None:
+        if file.exists() and file.stat().st_ino != before and file.read_bytes().count(b"\n") >= count:
+            return
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    process = _start(folder / "run", folder / "cache")
+    assert process.wait() == 0, process.stderr.read().decode()
+    return folder
+
+
+def test_the_log_has_every_step_once_with_all_its_figures(whole):
+    lines = _lines(whole / "run")
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        (stage, step) for stage in ("read", "tune") for step in range(1, 13)
+    ]
+    for figure in ("loss", "gradient_norm", "learning_rate", "tokens_per_second", "samples_per_second", "padding",
+                   "loader_wait", "peak_memory", "epoch"):  # fmt: skip
+        assert all(np.isfinite(line[figure]) for line in lines), figure
+    assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8, 12]
+    skipped = [json.loads(line) for line in (whole / "run" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"], line["id"]) for line in skipped] == [("read", 6, "bad5"), ("tune", 6, "bad5")]
+    assert list((whole / "run" / "tensorboard" / "tune").iterdir())
+
+
+def test_killed_at_any_moment_it_goes_on_bit_identically(whole, tmp_path):
+    workdir, chance = tmp_path / "run", random.Random(0)
+    file = workdir / "metrics.jsonl"
+    for place in (chance.randint(1, 11), chance.randint(12, 23)):
+        before = file.stat().st_ino if file.exists() else 0
+        process = _start(workdir, whole / "cache")
+        _wait_for_line(process, workdir, place, before)
+        process.kill()
+        process.wait()
+    with file.open("a") as stream:
+        stream.write('{"stage": "tune", "st')  # a line that a kill cut short
+    before = file.stat().st_ino
+    process = _start(workdir, whole / "cache")
+    _wait_for_line(process, workdir, 16, before)
+    process.send_signal(signal.SIGTERM)
+    code = process.wait()
+    assert code in (0, 143), process.stderr.read().decode()  # 0 where it was done before the signal came
+    if code == 143:
+        assert _start(workdir, whole / "cache").wait() == 0
+    assert _losses(workdir) == _losses(whole / "run")
+
+
+def test_after_sigterm_the_step_it_came_in_is_saved(whole, tmp_path):
+    recipe = dataclasses.replace(small_run.RECIPE, checkpoint=config.Checkpoint(every=0))
+
+    class Interrupting(small_run.Data):
+        def batches(self, start_step=0):
+            for batch, info in super().batches(start_step):
+                if info.step == 7:  # fetched while step 5 or so runs
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch, info
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            small_run.run(tmp_path, recipe, lambda name: (Interrupting(12, 0), None))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143
+    saved = newest(tmp_path, recipe.run)
+    assert saved.stage == "read" and 1 <= saved.step <= 8 and not saved.ended
+    assert _lines(tmp_path)[-1]["step"] == saved.step
+
+
+def test_every_stage_reloads_from_the_workdir(whole):
+    fresh = jax.tree.map(np.zeros_like, tiny.params(small_run.MODEL))
+    first, last = newest(whole / "run", ("read",)), newest(whole / "run", ("read", "tune"))
+    assert first.ended and last.ended and (first.step, last.step) == (12, 12)
+    read, tuned = (tree.flatten(overlay(fresh, found)) for found in (first, last))
+    start = tree.flatten(tiny.params(small_run.MODEL))
+    for path in start:
+        changed_first = not np.array_equal(read[path], start[path])
+        changed_last = not np.array_equal(tuned[path], read[path])
+        trained_first = path.startswith("llm/embed/") or (path.startswith("llm/layers/") and path.endswith("/kernel"))
+        trained_last = "/lora_" in path or (path.startswith("llm/layers/") and path.endswith("/scale"))
+        assert (changed_first, changed_last) == (trained_first, trained_last), path  # frozen bytes are unchanged
+
+
+def test_only_trainable_leaves_have_optimizer_state(whole):
+    manifest = newest(whole / "run", ("read", "tune")).manifest
+    trained = [name for name in manifest["leaves"] if name.startswith("trained/")]
+    moments = [entry for entry in manifest["optimizer"] if entry[1]]
+    assert len(moments) == 2 * len(trained)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_samples(tmp_path):
+    recipe = dataclasses.replace(small_run.RECIPE, run=("read",))
+    with pytest.raises(UserError) as error:
+        small_run.run(tmp_path, recipe, lambda name: (small_run.Data(12, 0, broken=4), None))
+    assert "step 5" in str(error.value) and "4-2" in str(error.value) and "4-1" not in str(error.value)
+    assert newest(tmp_path, ("read",)).step == 3
+    assert _lines(tmp_path)[-1]["step"] == 4
+
+
+def test_early_stopping_ends_with_the_best_weights(tmp_path):
+    stage = dataclasses.replace(
+        small_run.RECIPE.stages["read"],
+        optimizer=config.Optimizer(learning_rate=0.5, schedule="constant", warmup_ratio=0.0),
+        validation=config.Validation(every=1, batches=1, patience=3),
+    )
+    recipe = dataclasses.replace(small_run.RECIPE, stages={"read": stage}, run=("read",))
+    small_run.run(tmp_path, recipe, lambda name: (small_run.Data(12, 0), small_run.Data(1, 1000)))
+    losses = [line["validation_loss"] for line in _lines(tmp_path)]
+    lowest = int(np.argmin(losses)) + 1
+    assert len(losses) == lowest + 3 < 12
+    final = newest(tmp_path, ("read",))
+    assert final.ended and final.step == len(losses)
+    path = tmp_path / "checkpoints" / "read" / f"{lowest:08d}"
+    best = Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+    for name, leaf in best.leaves().items():
+        np.testing.assert_array_equal(final.leaves()[name], leaf)
+
+
+def test_the_trained_model_is_what_the_run_returns(tmp_path):
+    stages = {"read": dataclasses.replace(small_run.RECIPE.stages["read"], steps=2)}
+    recipe = dataclasses.replace(small_run.RECIPE, stages=stages, run=("read",), logging=config.Logging(tensorboard=False))
+    params = small_run.run(tmp_path, recipe, lambda name: (small_run.Data(2, 0), None))
+    saved = overlay(multimodal.shapes(small_run.MODEL), newest(tmp_path, ("read",)))
+    for path, leaf in tree.flatten(params).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(saved)[path])
