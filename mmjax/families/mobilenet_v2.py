@@ -106,7 +106,9 @@ def _name(path: str) -> str:
     return ("conv_stem" if block == "stem" else block.replace("blocks_", "layer.")) + "." + NAMES[part]
 
 
-def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:
+def _outputs(
+    params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
+) -> dict:
     found = _run(params["vision"], vision.pixels(inputs), config=_encoder(config), run=run)
     hidden = found.pop("hidden_states")
     return {**found, **{f"hidden_states_{i}": state for i, state in enumerate(hidden)}} if states else found

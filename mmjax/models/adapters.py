@@ -18,7 +18,11 @@ def linears(params: Params, adapter: LoraConfig) -> list[str]:
 
     Raises ValueError for a target that chooses none.
     """
-    paths = [path.removesuffix("/kernel") for path in tree.flatten(params) if path.endswith("/kernel") and "/adapters/" not in path]
+    paths = [
+        path.removesuffix("/kernel")
+        for path, leaf in tree.flatten(params).items()
+        if path.endswith("/kernel") and len(leaf.shape) < 4  # convolutions have no adapter port
+    ]
     for target in adapter.targets:
         if not any(tree.matches(path, target) for path in paths):
             raise ValueError(f"adapter {adapter.name!r}: target {target!r} matches no linear layer; there are {', '.join(paths)}")
