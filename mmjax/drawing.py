@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from PIL import Image
 
 from mmjax.batch import Batch
@@ -17,9 +19,8 @@ from mmjax.evaluation.answers import Score
 
 INK, PALE, RULE = "#22252b", "#8a909c", "#dfe2e8"
 BLUE, ORANGE, GREEN, RED, MARK = "#2f6fde", "#e08a2e", "#1f8a4c", "#c8402f", "#ffe08a"
-SERIES = (BLUE, ORANGE, GREEN, "#8c5bc7", RED, "#2a9da8")
 
-_COLUMNS = 100  # characters of a line in the picture of a batch
+COLUMNS, CHARACTER, LINE = 104, 0.602 * 11 / 72, 0.2  # of the text of a batch: characters, inches, inches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,37 +44,28 @@ def first_batch(
     """
     if batch.tokens is None:
         return _tiles(path, batch)
-    tokens = np.asarray(batch.tokens)
-    blocks = [_row(batch, decode, tokens_per_tile, row) for row in range(min(rows, len(tokens)))]
-    line, thumbnail, gap = 0.2, 0.9, 0.25  # inches
-    heights = [len(lines) * line + (thumbnail + 0.1 if images else 0) + gap for lines, images in blocks]
-    width, height = 10.0, sum(heights) + 0.5
-    figure = Figure(figsize=(width, height))
-    figure.text(0.02, 1 - 0.22 / height, "First batch", color=INK, fontsize=12, fontweight="bold", va="center")
-    figure.text(
-        0.98, 1 - 0.22 / height, "what the model is taught to say", color=INK, fontsize=9, ha="right", va="center",
-        bbox={"facecolor": MARK, "edgecolor": "none", "pad": 2},
-    )  # fmt: skip
-    top = height - 0.5
+    blocks = [_row(batch, decode, tokens_per_tile, row) for row in range(min(rows, len(np.asarray(batch.tokens))))]
+    sheet = _Sheet(10.0, sum(len(lines) * LINE + (1.0 if images else 0.0) + 0.25 for lines, images in blocks) + 0.5)
+    sheet.text(0.2, 0.25, "First batch", fontsize=12, fontweight="bold")
+    sheet.text(9.8, 0.25, "what the model is taught to say", ha="right", bbox={"fc": MARK, "ec": "none", "pad": 2})
+    y = 0.5
     for lines, images in blocks:
-        y = top
         for column, image in enumerate(images[:10]):
-            axes = figure.add_axes(((0.2 + column * 0.96) / width, (y - thumbnail) / height, 0.9 / width, 0.9 / height))
-            axes.imshow(image, interpolation="nearest")
-            axes.set_axis_off()
-        y -= thumbnail + 0.1 if images else 0
+            sheet.image(0.2 + 0.96 * column, y, 0.9, image)
+        y += 1.0 if images else 0.0
         for spans in lines:
-            column = 0
+            x = 0.2
             for text, marked in spans:
-                figure.text(
-                    (0.2 + column * 0.0955) / width, (y - line / 2) / height, text, family="monospace", fontsize=11.42 * 0.0955 / 0.0955,
-                    va="center", color=INK if marked else "#555b66",
-                    bbox={"facecolor": MARK, "edgecolor": "none", "pad": 0.6} if marked and text.strip() else None,
-                )  # fmt: skip
-                column += len(text)
-            y -= line
-        top -= heights[blocks.index((lines, images))]
-    _save(figure, path)
+                width = CHARACTER * len(text)
+                if marked:
+                    sheet.box(x, y + 0.01, width, LINE - 0.02, MARK)
+                shown = text.replace("$", r"\$")
+                colour = INK if marked else "#5b616c"
+                sheet.text(x, y + LINE / 2, shown, family="monospace", fontsize=11, color=colour)
+                x += width
+            y += LINE
+        y += 0.25
+    _save(sheet.figure, path)
 
 
 def losses(path: Path, metrics: Iterable[Mapping[str, Any]]) -> None:
@@ -142,36 +134,64 @@ def sample_answers(path: Path, answers: Sequence[Answer], columns: int = 4, titl
     """Draw questions with their image, the model's answer, and what was expected where that differs."""
     if not answers:
         return
-    rows = -(-len(answers) // columns)
-    figure = Figure(figsize=(2.9 * columns, 3.75 * rows + 0.5), layout="constrained")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    grid = figure.subplots(rows, columns, squeeze=False).flat
-    for axes, item in zip(grid, answers):
-        picture = item.image if item.image is not None else Image.new("RGB", (32, 32), "#f2f3f6")
-        side = max(picture.size)
-        square = Image.new("RGB", (side, side), "white")
-        square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-        axes.imshow(square, interpolation="nearest" if side < 128 else "antialiased")
-        if item.image is None:
-            axes.text(side / 2, side / 2, "no image", ha="center", va="center", color=PALE)
-        colour = INK if item.right is None else GREEN if item.right else RED
-        sign = "" if item.right is None else "\N{CHECK MARK} " if item.right else "\N{BALLOT X} "
-        question, answer = _wrapped(item.question, 3), _wrapped(sign + item.answer, 4)
-        axes.text(0, -0.05, question, transform=axes.transAxes, va="top", fontsize=10, color=INK)
-        below = -0.05 - 0.082 * (question.count("\n") + 1)
-        axes.text(0, below, answer, transform=axes.transAxes, va="top", fontsize=10, color=colour, fontweight="bold")
-        if not item.right:
-            below -= 0.082 * (answer.count("\n") + 1)
-            expected = _wrapped("expected: " + item.expected, 4)
-            axes.text(0, below, expected, transform=axes.transAxes, va="top", fontsize=10, color=PALE)
-    for axes in figure.axes:
+    side, gap, line = 2.2, 0.3, 0.18  # inches
+    blocks = [(item, _said(item)) for item in answers]
+    rows = [blocks[at : at + columns] for at in range(0, len(blocks), columns)]
+    heights = [side + line * max(len(said) for _, said in row) + 0.4 for row in rows]
+    sheet = _Sheet(columns * (side + gap) + gap, sum(heights) + 0.5)
+    sheet.text(gap, 0.28, title, fontsize=12, fontweight="bold")
+    top = 0.5
+    for row, height in zip(rows, heights):
+        for column, (item, said) in enumerate(row):
+            x = gap + column * (side + gap)
+            sheet.box(x, top, side, side, "#f2f3f6")
+            if item.image is not None:
+                sheet.image(x, top, side, item.image)
+            else:
+                sheet.text(x + side / 2, top + side / 2, "no image", ha="center", color=PALE)
+            for number, (text, colour, weight) in enumerate(said):
+                y = top + side + 0.16 + line * number
+                sheet.text(x, y, text.replace("$", r"\$"), color=colour, fontweight=weight, fontsize=9.5)
+        top += height
+    _save(sheet.figure, path)
+
+
+def _said(item: Answer) -> list[tuple[str, str, str]]:
+    """The lines below a picture: text, colour, weight."""
+    colour = INK if item.right is None else GREEN if item.right else RED
+    sign = "" if item.right is None else "\N{CHECK MARK} " if item.right else "\N{BALLOT X} "
+    lines = [(text, INK, "normal") for text in _wrapped(item.question, 3)]
+    lines += [(text, colour, "bold") for text in _wrapped(sign + item.answer, 4)]
+    if not item.right:
+        lines += [(text, PALE, "normal") for text in _wrapped("expected: " + item.expected, 4)]
+    return lines
+
+
+def _wrapped(text: str, lines: int) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 31, max_lines=lines, placeholder=" ...")
+
+
+class _Sheet:
+    """A figure on which things are placed in inches from the top left."""
+
+    def __init__(self, width: float, height: float):
+        self.figure, self.width, self.height = Figure(figsize=(width, height)), width, height
+
+    def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        style = {"color": INK, "va": "center", "fontsize": 9, **style}
+        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+
+    def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
+        corner = x / self.width, 1 - (y + height) / self.height
+        self.figure.add_artist(
+            Rectangle(corner, width / self.width, height / self.height, fc=colour, ec="none", zorder=0)
+        )
+
+    def image(self, x: float, y: float, side: float, image: Any) -> None:
+        corner = x / self.width, 1 - (y + side) / self.height
+        axes = self.figure.add_axes((*corner, side / self.width, side / self.height))
+        axes.imshow(image, interpolation="nearest" if max(np.shape(image)[:2]) < 128 else "antialiased")
         axes.set_axis_off()
-        axes.set_anchor("N")
-    _save(figure, path)
-
-
-def _wrapped(text: str, lines: int) -> str:
-    return "\n".join(textwrap.wrap(" ".join(text.split()), 32, max_lines=lines, placeholder=" ...")).replace("$", r"\$")
 
 
 def _row(
@@ -209,17 +229,19 @@ def _row(
 
 
 def _lines(spans: Iterable[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
-    """The spans broken into lines of _COLUMNS characters."""
+    """The spans broken into lines of at most COLUMNS characters, at spaces where there are some."""
     lines: list[list[tuple[str, bool]]] = [[]]
     used = 0
     for text, marked in spans:
-        while text:
-            piece, text = text[: _COLUMNS - used], text[_COLUMNS - used :]
-            lines[-1].append((piece.replace("$", r"\$"), marked))
-            used += len(piece)
-            if used == _COLUMNS:
+        for word in re.findall(r" *[^ ]+| +", text):
+            if used and used + len(word) > COLUMNS:
                 lines.append([])
-                used = 0
+                word, used = word.lstrip(), 0
+            for at in range(0, len(word), COLUMNS):
+                if at:
+                    lines.append([])
+                lines[-1].append((word[at : at + COLUMNS], marked))
+                used = len(word) - at if at else used + len(word)
     return [line for line in lines if line]
 
 
@@ -239,7 +261,7 @@ def _tiles(path: Path, batch: Batch) -> None:
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
-    axes.tick_params(colors=PALE, labelcolor=INK, length=0, labelsize=9)
+    axes.tick_params(which="both", colors=PALE, labelcolor=INK, length=0, labelsize=9)
     axes.grid(color=RULE, linewidth=0.6)
     axes.set_axisbelow(True)
 
