@@ -30,7 +30,7 @@ installed() { [[ -f $venv/installed-$1 && $(<"$venv/installed-$1") == "$wanted" 
 
 if ! installed test && { [[ -n $extra ]] || ! installed run; }; then
   echo "Installing mmjax${extra:+ and its tests} into $venv (once; a few minutes)" >&2
-  "$venv/bin/pip" install -qq --no-input --disable-pip-version-check --editable "$root${extra:+[$extra]}"
+  "$venv/bin/pip" install -qq --no-input --no-compile --disable-pip-version-check --editable "$root${extra:+[$extra]}"
   echo "$wanted" > "$venv/installed-${extra:-run}"
 fi
 
