@@ -165,7 +165,7 @@ def _write(samples: Sequence[Sample], given: dict[str, list[str]], evaluation: E
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for i, sample in enumerate(samples):
-            row = {
+            row: dict[str, Any] = {
                 "id": sample.id,
                 "kind": sample.kind,
                 "question": _question(sample),
