@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import signal
@@ -51,7 +52,7 @@ class Run:
     workdir: Path
     mesh: Mesh
     store: Store
-    terminating: list[bool]  # gets an element when SIGTERM arrives; see `on_sigterm`
+    terminating: list[bool]  # gets an element when SIGTERM arrives; see `noting_sigterm`
 
 
 def train(
@@ -242,9 +243,15 @@ def train_stage(
     return join(state.trainable, _release(frozen), selection)
 
 
-def on_sigterm(terminating: list[bool]) -> None:
-    """From now on SIGTERM is noted instead of killing; `train_stage` saves and stops at the next step."""
-    signal.signal(signal.SIGTERM, lambda *_: terminating.append(True))
+@contextlib.contextmanager
+def noting_sigterm() -> Iterator[list[bool]]:
+    """Inside, SIGTERM is noted instead of killing: `train` saves and stops at the next step."""
+    terminating: list[bool] = []
+    before = signal.signal(signal.SIGTERM, lambda *_: terminating.append(True))
+    try:
+        yield terminating
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _asked_to_stop(run: Run, step: int) -> bool:

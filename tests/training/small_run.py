@@ -17,7 +17,7 @@ from mmjax.checkpoints.store import Store
 from mmjax.data.pipeline import Info, Skipped
 from mmjax.models.config import ModelConfig
 from mmjax.parallel.mesh import make_mesh
-from mmjax.training.loop import Run, on_sigterm, train
+from mmjax.training.loop import Run, noting_sigterm, train
 from tests.training import tiny
 
 MODEL = ModelConfig(
@@ -67,19 +67,17 @@ class Data:
 
 def run(workdir: Path, recipe: config.Recipe = RECIPE, pipelines=None, model: ModelConfig = MODEL):
     """Trains; returns the run's parameters."""
-    terminating: list[bool] = []
-    on_sigterm(terminating)
     workdir.mkdir(exist_ok=True)
     store = Store(workdir, recipe.checkpoint, {})
     mesh = make_mesh(config.Mesh(data=1), jax.devices()[:1])
     made = pipelines or (
         lambda name: (Data(12, {"read": 0, "tune": 100}[name]), Data(1, 1000) if name == "tune" else None)
     )
-    try:
-        params = tiny.params(model)
-        return train(Run(recipe, workdir, mesh, store, terminating), model, params, set(tiny.paths(params)), made)
-    finally:
-        store.close()
+    params = tiny.params(model)
+    with noting_sigterm() as terminating:
+        trained = train(Run(recipe, workdir, mesh, store, terminating), model, params, set(tiny.paths(params)), made)
+    store.close()
+    return trained
 
 
 if __name__ == "__main__":

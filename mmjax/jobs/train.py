@@ -1,0 +1,200 @@
+"""--job=train: the recipe's stages one after the other, from wherever an earlier start of the same command was stopped, then
+its evaluations, pictures, model card and, where asked for, the export."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import time
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from mmjax import drawing
+from mmjax.assembly import assemble
+from mmjax.card import write_card
+from mmjax.checkpoints.store import Store
+from mmjax.config import Recipe, Stage, read_recipe, write_recipe
+from mmjax.config_parsing import to_dict
+from mmjax.data import sources, templates
+from mmjax.data.pipeline import Pipeline
+from mmjax.errors import UserError
+from mmjax.evaluation.run import evaluate
+from mmjax.jobs.export import export
+from mmjax.model import Model
+from mmjax.parallel.mesh import data_shards, join_cluster, make_mesh
+from mmjax.parallel.sharding import format_table, param_shardings, table
+from mmjax.results import record
+from mmjax.training.loop import Run, noting_sigterm, train
+from mmjax.training.metrics import Journal
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.trainable import select, shapes
+
+log = logging.getLogger(__name__)
+
+# Fields of a stage that may change between two starts: they change how it is run or watched, not what comes out.
+_FREE = ("validation", "attention", "remat", "unroll")
+
+
+def run(recipe: Recipe, workdir: Path) -> None:
+    """Trains, and leaves everything in the workdir. Raises UserError; SystemExit(143) after a SIGTERM."""
+    began = time.perf_counter()
+    _log_to_terminal()
+    join_cluster()
+    mesh = make_mesh(recipe.mesh)
+    workdir.mkdir(parents=True, exist_ok=True)
+    check_same_run(recipe, workdir)
+    if jax.process_index() == 0:
+        write_recipe(recipe, workdir)
+
+    model = assemble(recipe, workdir, functools.partial(param_shardings, mesh=mesh))
+    _check_stages(recipe, model)
+    (workdir / "sharding.txt").write_text(format_table(table(model.params, mesh)) + "\n")
+
+    with noting_sigterm() as terminating:
+        store = Store(workdir, recipe.checkpoint, model.bases)
+        params = train(
+            Run(recipe, workdir, mesh, store, terminating),
+            model.config,
+            model.params,
+            set(model.own),
+            lambda name: _pipelines(name, recipe, model, mesh, workdir),
+        )
+        store.close()
+    model = dataclasses.replace(model, params=params)
+
+    figures = {"train_seconds": time.perf_counter() - began, "parameters": _count(params)}
+    lines = Journal(workdir / "metrics.jsonl").read()
+    for line in lines:  # the last line of a stage stays
+        for name in ("loss", "validation_loss", "tokens_per_second", "samples_per_second", "mfu"):
+            if line.get(name) is not None:
+                figures[f"{name}_{line['stage']}"] = line[name]
+    if jax.process_index() == 0:
+        record(workdir, figures)
+        drawing.losses(workdir / "losses.png", lines)
+    if recipe.evaluations:
+        evaluate(model, recipe, workdir)
+    if jax.process_index() == 0:
+        if recipe.export.after_training:
+            export(model, recipe, workdir)
+        write_card(model, recipe, workdir)
+        record(workdir, {"seconds": time.perf_counter() - began})
+        log.info("everything is in %s", workdir)
+
+
+def check_same_run(recipe: Recipe, workdir: Path) -> None:
+    """Raises UserError, naming the keys, where the workdir holds checkpoints of a run that this recipe would not have made."""
+    if not (workdir / "recipe.json").exists():
+        return
+    earlier = read_recipe(workdir)
+    begun = [name for name in earlier.run if any((workdir / "checkpoints" / name).glob("[0-9]*"))]
+    then, now = _decisive(earlier, begun), _decisive(recipe, begun)
+    changed = [
+        f"{key} was {then.get(key, 'absent')!r} and is {now.get(key, 'absent')!r}"
+        for key in {**then, **now}
+        if then.get(key) != now.get(key)
+    ]
+    if begun and changed:
+        raise UserError(
+            f"{workdir} holds checkpoints of another recipe; use another --workdir, or restore these values:\n"
+            + "\n".join(f"  {line}" for line in changed)
+        )
+
+
+def _decisive(recipe: Recipe, begun: list[str]) -> dict[str, object]:
+    """Dotted key -> value of everything that decides the outcome of the stages begun."""
+    flat: dict[str, object] = {}
+
+    def visit(prefix: str, value: object) -> None:
+        if isinstance(value, dict):
+            for key, below in value.items():
+                visit(f"{prefix}.{key}", below)
+        else:
+            flat[prefix] = value
+
+    values = to_dict(recipe)
+    visit("seed", values["seed"])
+    visit("model", values["model"])
+    for name in begun:
+        stage = values["stages"].get(name, {})
+        visit(f"stages.{name}", {key: value for key, value in stage.items() if key not in _FREE})
+    flat["run"] = list(recipe.run[: len(begun)])
+    return flat
+
+
+def _check_stages(recipe: Recipe, model: Model) -> None:
+    """Everything about the stages that shapes alone can show to be wrong, before anything is compiled."""
+    for name in recipe.run:
+        stage, key = recipe.stages[name], f"stages.{name}"
+        selection = select(model.params, stage.trainable, f"{key}.trainable")
+        trainable = shapes(model.params, selection, stage.param_dtype)
+        make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
+        if stage.template:
+            templates.get(stage.template, model.tokenizer, recipe.model.system)
+        if stage.cache_features and any(path.startswith("vision/") for path in selection.leaves):
+            raise UserError(f"{key}.cache_features: the features change, since {key}.trainable has leaves of the encoder.")
+
+
+def _pipelines(
+    name: str, recipe: Recipe, model: Model, mesh: Mesh, workdir: Path
+) -> tuple[Pipeline, Pipeline | None]:
+    """The training and the held-out data of a stage; the first batch is drawn."""
+    stage = recipe.stages[name]
+    training = _pipeline(stage, recipe, model, mesh, workdir)
+    picture = workdir / f"first_batch_{name}.png"
+    if jax.process_index() == 0 and not picture.exists():
+        batch, _ = next(iter(training.batches(0, 1)))
+        drawing.first_batch(picture, batch, functools.partial(_decode, model), model.config.tokens_per_tile)
+    if not stage.validation.every:
+        return training, None
+    held_out = dataclasses.replace(
+        stage, sources=stage.validation.sources, steps=stage.validation.batches, epochs=0.0, augment=()
+    )
+    return training, _pipeline(held_out, recipe, model, mesh, workdir)
+
+
+def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: Path) -> Pipeline:
+    encoder = None
+    if stage.objective == "language":
+        encoder = model.encoder(stage.length)
+        if stage.template:
+            template = templates.get(stage.template, model.tokenizer, recipe.model.system)
+            encoder = dataclasses.replace(encoder, template=template)
+    return Pipeline(
+        stage,
+        {name: sources.open(source) for name, source in stage.sources.items()},
+        encoder,
+        model.image_processor if stage.tiles else None,
+        seed=recipe.seed,
+        loader=recipe.loader,
+        groups=data_shards(mesh) * stage.accumulate,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workdir=workdir,
+    )
+
+
+def _decode(model: Model, ids: list[int]) -> str:
+    assert model.tokenizer is not None
+    return str(model.tokenizer.decode(ids))
+
+
+def _count(params: dict) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+class _Terminal(logging.Handler):
+    """Lines of the log, above the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))
+
+
+def _log_to_terminal() -> None:
+    logger = logging.getLogger("mmjax")
+    logger.setLevel(logging.INFO)
+    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
+        logger.addHandler(_Terminal())
