@@ -1,0 +1,101 @@
+"""LoRA directories, against the peft library in both directions."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax import tree
+from mmjax.errors import UserError
+from mmjax.export import save_adapters
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+
+from tests.families import tiny_llava  # noqa: E402
+
+TARGETS = r"model\.language_model\.layers\.\d+\.(self_attn\.(q|v)_proj|mlp\.down_proj)"
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory):
+    """(peft's model, its adapter's directory, our model of it)."""
+    base = tmp_path_factory.mktemp("base")
+    theirs = tiny_llava.model(tiny_llava.CLIP, 2, strategy="default")
+    theirs.save_pretrained(base)
+    config = peft.LoraConfig(r=3, lora_alpha=7, target_modules=TARGETS, use_rslora=True)
+    wrapped = peft.get_peft_model(theirs, config).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, 0, 0.2)
+    directory = tmp_path_factory.mktemp("adapter")
+    wrapped.save_pretrained(directory)
+    fields = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**fields, "base_model_name_or_path": str(base)}))
+    return wrapped, directory, mmjax.load(directory)
+
+
+def apart(theirs, ours) -> float:
+    given = tiny_llava.inputs(4, (1, 2))
+    real = given["attention_mask"] == 1
+    return np.abs(np.asarray(ours(given)["logits"]) - tiny_llava.run(theirs, given)["logits"])[real].max()
+
+
+def test_an_adapter_of_peft_is_read(adapted):
+    theirs, _, ours = adapted
+    [lora] = ours.config.adapters
+    assert lora.rank == 3 and lora.rank_stabilised
+    assert set(lora.targets) == {f"llm/layers/{name}" for name in ("attention/query", "attention/value", "mlp/down")}
+    assert apart(theirs, ours) < 2e-4
+
+
+def test_an_adapter_of_ours_is_read_by_peft(adapted, tmp_path):
+    _, _, ours = adapted
+    flat = tree.flatten(ours.params)
+    drawn = {p: jax.random.normal(jax.random.key(i), a.shape) * 0.2 if "/lora_" in p else a for i, (p, a) in enumerate(flat.items())}
+    import dataclasses
+
+    ours = dataclasses.replace(ours, params=tree.unflatten(drawn))
+    save_adapters(ours, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny_llava.model(tiny_llava.CLIP, 2, strategy="default"), tmp_path).eval()
+    assert apart(theirs, ours) < 2e-4
+
+
+def test_merged_on_export(adapted, tmp_path):
+    theirs, _, ours = adapted
+    ours.save_pretrained(tmp_path)
+    assert apart(theirs, mmjax.load(tmp_path)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    "fields, named",
+    [
+        ({"use_dora": True}, "use_dora = True"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+        ({"layers_to_transform": [1]}, "layers_to_transform"),
+        ({"bias": "all"}, "bias = 'all'"),
+        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"a_field_of_the_future": 1.5}, "a_field_of_the_future"),
+    ],
+)
+def test_fields_that_change_the_result_are_errors(adapted, tmp_path, fields, named):
+    known = json.loads((adapted[1] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**known, **fields}))
+    with pytest.raises(UserError, match=named):
+        mmjax.load(tmp_path)
+
+
+def test_tensors_that_fit_nothing_are_listed(adapted, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapted[1] / "adapter_model.safetensors")
+    save_file({**tensors, "base_model.model.nowhere.lora_A.weight": torch.zeros(3, 2)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text((adapted[1] / "adapter_config.json").read_text())
+    with pytest.raises(UserError, match="fit no linear layer of its base: base_model.model.nowhere"):
+        mmjax.load(tmp_path)
