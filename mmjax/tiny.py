@@ -21,6 +21,7 @@ SIZES: dict[str, int] = {
 }
 """Fields of a config.json that are sizes, and their tiny values. Those a config does not have are not added. 6 x 6 patches can
 be put together by 4 and by 9."""
+SAMPLES = 64  # of a drawn source
 
 
 def tiny(recipe: Recipe) -> Recipe:
@@ -99,5 +100,8 @@ def _evaluation(evaluation: Evaluation) -> Evaluation:
 
 
 def _source(source: Source, split: str) -> Source:
-    task = {"captions": "caption"}.get(source.kind, "questions")
-    return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": 64})
+    """Drawn data in place of a file's; what is drawn already stays what it is, with fewer samples."""
+    if source.kind in ("digits", "digit_facts"):
+        return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
+    task = "caption" if source.kind == "captions" else "questions"
+    return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": SAMPLES})
