@@ -20,6 +20,7 @@ from mmjax.checkpoints.store import Store
 from mmjax.config import Recipe, Stage, read_recipe, write_recipe
 from mmjax.config_parsing import to_dict
 from mmjax.data import sources, templates
+from mmjax.data.features import cached
 from mmjax.data.pipeline import Pipeline
 from mmjax.errors import UserError
 from mmjax.evaluation.run import evaluate
@@ -61,7 +62,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
             model.config,
             model.params,
             set(model.own),
-            lambda name: _pipelines(name, recipe, model, mesh, workdir),
+            lambda name, params: _pipelines(name, recipe, dataclasses.replace(model, params=params), mesh, workdir),
         )
         store.close()
     model = dataclasses.replace(model, params=params)
@@ -163,9 +164,24 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
         if stage.template:
             template = templates.get(stage.template, model.tokenizer, recipe.model.system)
             encoder = dataclasses.replace(encoder, template=template)
+    datasets = {name: sources.open(source) for name, source in stage.sources.items()}
+    features = None
+    if stage.cache_features:
+        features = cached(
+            workdir / "features",
+            model.config,
+            model.params,
+            stage.sources,
+            datasets,
+            model.image_processor,
+            flip="flip" in stage.augment,
+            mesh=mesh,
+            run=model.run,
+            threads=recipe.loader.threads,
+        )
     return Pipeline(
         stage,
-        {name: sources.open(source) for name, source in stage.sources.items()},
+        datasets,
         encoder,
         model.image_processor if stage.tiles else None,
         seed=recipe.seed,
@@ -173,6 +189,7 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
         groups=data_shards(mesh) * stage.accumulate,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        features=features,
         workdir=workdir,
     )
 
@@ -194,7 +211,5 @@ class _Terminal(logging.Handler):
 
 
 def _log_to_terminal() -> None:
-    logger = logging.getLogger("mmjax")
-    logger.setLevel(logging.INFO)
-    if not any(isinstance(handler, _Terminal) for handler in logger.handlers):
-        logger.addHandler(_Terminal())
+    logging.basicConfig(handlers=[_Terminal()], format="%(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("mmjax").setLevel(logging.INFO)

@@ -16,6 +16,7 @@ from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig
 Params = dict[str, Any]
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def init(key: jax.Array, config: ModelConfig) -> Params:
     """Fresh float32 parameters of all parts, adapters included."""
     keys = jax.random.split(key, 5)

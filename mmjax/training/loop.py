@@ -36,6 +36,7 @@ from mmjax.tree import Params
 
 log = logging.getLogger(__name__)
 
+RATE_STEPS = 10  # the least number of steps that tokens per second and the like are taken over
 LAG = 2  # steps the host runs ahead of the metrics it reads, so that the device never waits for it
 DEVICE_PREFETCH = 2  # batches on their way to the device
 
@@ -60,13 +61,13 @@ def train(
     config: ModelConfig,
     params: Params,
     own: set[str],
-    pipelines: Callable[[str], tuple[Pipeline, Pipeline | None]],
+    pipelines: Callable[[str, Params], tuple[Pipeline, Pipeline | None]],
 ) -> Params:
     """Runs the stages of the recipe, from wherever an earlier start of the same command was stopped.
 
     params     as assembled, before any training; not to be used afterwards
     own        paths of leaves that have no published base
-    pipelines  by a stage's name, its training data and its held-out data
+    pipelines  by a stage's name and the parameters it starts from, its training data and its held-out data
     Raises UserError for a loss that is not finite, naming the samples; Terminated after a SIGTERM.
     """
     names = run.recipe.run
@@ -80,7 +81,7 @@ def train(
         own = own | {path for kind, path in saved if found.ended or kind == "own"}
     first = names.index(found.stage) + found.ended if found else 0
     for name in names[first:]:
-        training, validation = pipelines(name)
+        training, validation = pipelines(name, params)
         trained = select(params, run.recipe.stages[name].trainable, f"stages.{name}.trainable").leaves
         here = found if found and found.stage == name else None
         params = train_stage(run, name, config, params, own, training, validation, here)
@@ -146,12 +147,16 @@ def train_stage(
         for item in pipeline.skipped:
             skipped.write(name, 0, dataclasses.asdict(item))
     board = Board(run.workdir / "tensorboard", name, start + 1) if run.recipe.logging.tensorboard else None
-    speed = Speed(flops.training_flops(config, selection, stage.objective), encoded=not stage.cache_features)
+    cost = flops.training_flops(config, selection, stage.objective)
+    speed = Speed(cost, not stage.cache_features, window=max(RATE_STEPS, run.recipe.logging.every))
     clock = Clock(start, steps)
 
-    def report(step: int, info: Info, values: StepMetrics, validate: Callable[[], float] | None = None) -> None:
+    def report(
+        step: int, info: Info, wait: float, values: StepMetrics, validate: Callable[[], float] | None = None
+    ) -> None:
         """Stops the run where the step broke; writes its line where one is due."""
         loss, finite = jax.device_get((values.loss, values.finite))
+        speed.count(info, wait)
         if not finite:
             raise UserError(_broken(name, step, info, values, float(loss)))
         for item in info.skipped:
@@ -166,8 +171,8 @@ def train_stage(
             **speed.read(),
         }
         if validate:
-            figures["validation_loss"] = validate()
-            speed.restart()
+            with speed.pause():
+                figures["validation_loss"] = validate()
         if jax.process_index() == 0:
             metrics.write(name, step, figures)
             if board:
@@ -185,13 +190,13 @@ def train_stage(
 
     # ---- the loop
     done = start
-    waiting: collections.deque[tuple[int, Info, StepMetrics]] = collections.deque()
+    waiting: collections.deque[tuple[int, Info, float, StepMetrics]] = collections.deque()
     feed = _on_device(pipeline.batches(start), run.mesh)
     profiling = False
     for done in tqdm(range(start + 1, steps + 1), name, steps, initial=start, disable=None, unit="step"):
         asked = time.perf_counter()
         batch, info = next(feed)
-        speed.count(info, time.perf_counter() - asked)
+        wait = time.perf_counter() - asked
         if done == run.recipe.logging.profile_step:
             jax.profiler.start_trace(str(run.workdir / "profile"))
             profiling = True
@@ -201,14 +206,13 @@ def train_stage(
         if done == start + 1:
             jax.block_until_ready(values.loss)
             log.info("%s: first step, with compilation: %.1f s", name, time.perf_counter() - asked)
-            speed.restart()
             clock.restart()
         if profiling and done >= run.recipe.logging.profile_step + run.recipe.logging.profile_steps - 1:
             jax.block_until_ready(values.loss)
             jax.profiler.stop_trace()
             profiling = False
 
-        waiting.append((done, info, values))
+        waiting.append((done, info, wait, values))
         stopping = _asked_to_stop(run, done)
         validating = validation is not None and (done % stage.validation.every == 0 or done == steps)
         saving = stopping or (run.recipe.checkpoint.every and done % run.recipe.checkpoint.every == 0)

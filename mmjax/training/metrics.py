@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -9,7 +11,7 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -75,44 +77,50 @@ class Board:
 
 
 class Speed:
-    """Rates since the last line of the log.
+    """Rates over the last steps that are done.
 
-    cost   FLOPs of the stage, see mmjax.flops; encoded: the encoder runs (it does not where its features are cached)
+    cost     FLOPs of the stage, see mmjax.flops; encoded: the encoder runs (it does not where its features are cached)
+    window   steps that the rates are taken over. The first step, which compiles, counts until there is another.
     """
 
-    def __init__(self, cost: flops.Flops, encoded: bool):
+    def __init__(self, cost: flops.Flops, encoded: bool, window: int):
         self.cost, self.encoded = cost, encoded
-        self.restart()
-
-    def restart(self) -> None:
-        self._start, self._wait, self._flops = time.perf_counter(), 0.0, 0.0
-        self._infos: list[Info] = []
+        self._paused = 0.0
+        self._done: collections.deque[tuple[float, Info, float]] = collections.deque(maxlen=window + 1)
+        self._start = time.perf_counter()
 
     def count(self, info: Info, wait: float) -> None:
-        """A step was begun after waiting `wait` seconds for its batch."""
-        self._infos.append(info)
-        self._wait += wait
-        lengths = [info.tokens / info.samples] * info.samples if info.samples else []
-        self._flops += sum(self.cost.count(lengths, info.supervised, info.images, self.encoded).values())
+        """A step is done; its batch was waited for `wait` seconds."""
+        self._done.append((time.perf_counter() - self._paused, info, wait))
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside (validation) is not training."""
+        began = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
         """tokens_per_second (real tokens), samples_per_second, padding and loader_wait (shares), peak_memory (bytes), and
-        mfu where the device's peak is known; starts anew. Rows of other processes are taken to be like this one's."""
-        seconds = time.perf_counter() - self._start
-        processes, steps = jax.process_count(), max(1, len(self._infos))
-        device = jax.devices()[0]
+        mfu where the device's peak is known. Rows of other processes are taken to be like this one's."""
+        first, *steps = self._done
+        start, steps = (first[0], steps) if steps else (self._start, [first])
+        seconds, infos = steps[-1][0] - start, [info for _, info, _ in steps]
+        processes, device = jax.process_count(), jax.devices()[0]
         values = {
-            "tokens_per_second": sum(info.tokens for info in self._infos) * processes / seconds,
-            "samples_per_second": sum(info.samples for info in self._infos) * processes / seconds,
-            "padding": sum(info.padding for info in self._infos) / steps,
-            "loader_wait": self._wait / seconds,
+            "tokens_per_second": sum(info.tokens for info in infos) * processes / seconds,
+            "samples_per_second": sum(info.samples for info in infos) * processes / seconds,
+            "padding": sum(info.padding for info in infos) / len(infos),
+            "loader_wait": sum(wait for _, _, wait in steps) / seconds,
             "peak_memory": peak_memory(),
         }
-        mfu = flops.mfu(self._flops * processes, seconds, jax.device_count(), device.device_kind)
-        if mfu is not None:
-            values["mfu"] = mfu
-        self.restart()
-        return values
+        done = sum(map(self._flops, infos)) * processes
+        mfu = flops.mfu(done, seconds, jax.device_count(), device.device_kind)
+        return values if mfu is None else {**values, "mfu": mfu}
+
+    def _flops(self, info: Info) -> float:
+        lengths = [info.tokens / info.samples] * info.samples if info.samples else []
+        return sum(self.cost.count(lengths, info.supervised, info.images, self.encoded).values())
 
 
 def peak_memory() -> int:

@@ -71,7 +71,7 @@ def run(workdir: Path, recipe: config.Recipe = RECIPE, pipelines=None, model: Mo
     store = Store(workdir, recipe.checkpoint, {})
     mesh = make_mesh(config.Mesh(data=1), jax.devices()[:1])
     made = pipelines or (
-        lambda name: (Data(12, {"read": 0, "tune": 100}[name]), Data(1, 1000) if name == "tune" else None)
+        lambda name, _: (Data(12, {"read": 0, "tune": 100}[name]), Data(1, 1000) if name == "tune" else None)
     )
     params = tiny.params(model)
     with noting_sigterm() as terminating:

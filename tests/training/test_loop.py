@@ -113,7 +113,7 @@ def test_after_sigterm_the_step_it_came_in_is_saved(whole, tmp_path):
                 yield batch, info
 
     with pytest.raises(SystemExit) as stop:
-        small_run.run(tmp_path, recipe, lambda name: (Interrupting(12, 0), None))
+        small_run.run(tmp_path, recipe, lambda name, _: (Interrupting(12, 0), None))
     assert stop.value.code == 143
     saved = newest(tmp_path, recipe.run)
     assert saved.stage == "read" and 1 <= saved.step <= 8 and not saved.ended
@@ -144,7 +144,7 @@ def test_only_trainable_leaves_have_optimizer_state(whole):
 def test_a_loss_that_is_not_finite_stops_with_the_samples(tmp_path):
     recipe = dataclasses.replace(small_run.RECIPE, run=("read",))
     with pytest.raises(UserError) as error:
-        small_run.run(tmp_path, recipe, lambda name: (small_run.Data(12, 0, broken=4), None))
+        small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(12, 0, broken=4), None))
     assert "step 5" in str(error.value) and "4-2" in str(error.value) and "4-1" not in str(error.value)
     assert newest(tmp_path, ("read",)).step == 3
     assert _lines(tmp_path)[-1]["step"] == 4
@@ -157,7 +157,7 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path):
         validation=config.Validation(every=1, batches=1, patience=3),
     )
     recipe = dataclasses.replace(small_run.RECIPE, stages={"read": stage}, run=("read",))
-    small_run.run(tmp_path, recipe, lambda name: (small_run.Data(12, 0), small_run.Data(1, 1000)))
+    small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(12, 0), small_run.Data(1, 1000)))
     losses = [line["validation_loss"] for line in _lines(tmp_path)]
     lowest = int(np.argmin(losses)) + 1
     assert len(losses) == lowest + 3 < 12
@@ -172,7 +172,7 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path):
 def test_the_trained_model_is_what_the_run_returns(tmp_path):
     stages = {"read": dataclasses.replace(small_run.RECIPE.stages["read"], steps=2)}
     recipe = dataclasses.replace(small_run.RECIPE, stages=stages, run=("read",), logging=config.Logging(tensorboard=False))
-    params = small_run.run(tmp_path, recipe, lambda name: (small_run.Data(2, 0), None))
+    params = small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(2, 0), None))
     saved = overlay(multimodal.shapes(small_run.MODEL), newest(tmp_path, ("read",)))
     for path, leaf in tree.flatten(params).items():
         np.testing.assert_array_equal(leaf, tree.flatten(saved)[path])
