@@ -36,7 +36,8 @@ _SETTLED = 1000  # samples after which the share of broken ones is judged by wha
 class Features(Protocol):
     """Cached encoder features in place of pictures; `shape` is (positions, width)."""
 
-    shape: tuple[int, int]
+    @property
+    def shape(self) -> tuple[int, int]: ...
 
     def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray: ...
 

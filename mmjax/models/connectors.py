@@ -37,11 +37,13 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
 
 
 def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapters=()) -> jax.Array:
-    """Features [..., positions, in_width] -> [..., tokens, out_width].
+    """Features [..., positions, in_width], or what `pool` made of them -> [..., tokens, out_width].
 
     Raises ValueError when the features have another number of positions or width than the connector was made for.
     """
-    if features.shape[-2:] != (config.positions, config.in_width):
+    if features.shape[-2:] == (config.positions, config.in_width):
+        features = pool(config, features)
+    if features.shape[-2:] != pooled_shape(config):
         raise ValueError(
             f"the connector was made for features of {config.positions} positions x {config.in_width} channels, "
             f"the encoder gives {features.shape[-2]} x {features.shape[-1]}"
@@ -52,7 +54,7 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
         x = Norm("layer", 1e-5).apply({"params": params["norm"]}, x)
         return x + _mlp(config, adapters).apply({"params": params["second"]}, x)
     if config.kind == "pooled_mlp":
-        x = x.mean(-2)
+        x = x[..., 0, :]
     if config.kind == "concat":
         x = x[..., : config.tokens * config.group, :]
         x = x.reshape(*x.shape[:-2], config.tokens, config.group * config.in_width)
@@ -64,6 +66,17 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
     if config.kind == "pooled_mlp":
         x = x.reshape(*x.shape[:-1], config.pooled_tokens, config.out_width)
     return x
+
+
+def pool(config: ConnectorConfig, features: jax.Array) -> jax.Array:
+    """What a connector does before its first parameter, where that makes features fewer: [..., positions, in_width] ->
+    [..., *pooled_shape]. Cached features are kept in this form."""
+    return features.mean(-2, keepdims=True) if config.kind == "pooled_mlp" else features
+
+
+def pooled_shape(config: ConnectorConfig) -> tuple[int, int]:
+    """(positions, width) of what `pool` returns."""
+    return 1 if config.kind == "pooled_mlp" else config.positions, config.in_width
 
 
 def widths(config: ConnectorConfig) -> list[tuple[int, int]]:
