@@ -229,7 +229,7 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
     fresh = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
     key = jax.random.key(recipe.seed)
-    drawn = multimodal.init(key, fresh)
+    drawn = jax.jit(multimodal.init, static_argnames="config")(key, config=fresh)
     bare = multimodal.shapes(dataclasses.replace(config, adapters=()))
     adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), bare, config))
     params = tree.merge(loaded, drawn, tree.unflatten({p: leaf for p, leaf in adapted.items() if "/adapters/" in p}))

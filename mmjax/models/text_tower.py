@@ -41,7 +41,9 @@ def encode(
     x = params["embed"]["embedding"][tokens] + params["positions"][: tokens.shape[1]]
     x = x.astype(run.dtype)
     block = Block(config.block, backend=run.attention)
-    mask = Mask(causal=config.causal, query_segments=segments, key_segments=segments)
+    # Padding is not seen, but sees: SigLIP pools the last position, whatever stands there.
+    everyone = None if segments is None else jnp.ones_like(segments)
+    mask = Mask(causal=config.causal, query_segments=everyone, key_segments=segments)
 
     def body(x, layer, j, index, extra):
         x = block.apply({"params": layer}, x, mask)
