@@ -22,7 +22,7 @@ from mmjax.model import Model
 from mmjax.models import adapters as lora
 from mmjax.models import multimodal
 from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
-from mmjax.preprocessing import has_tokenizer, image_processor, read_tokenizer
+from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
 from mmjax.tree import Params
 
@@ -69,6 +69,8 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     processor = None
     if config.vision is not None:
         processor = image_processor(config, aspect=section.image.aspect if config.connector else "", size=section.image.size)
+        own = read_image_processor(vision.directory, config) if isinstance(vision, Published) else None
+        processor = dataclasses.replace(processor, resample=own.resample) if own else processor
     return Model(
         config=config,
         params=params,
@@ -168,11 +170,12 @@ def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, 
     """A part's shapes, family and config; from its directory, or from the recipe where that is not at hand (or not meant)."""
     source = _source(part, f"model.{name}")
     if isinstance(source, Published):
+        own = read_image_processor(source.directory, source.config) if name == "vision" else None
         kept = ModelConfig(
             llm=source.config.llm if name == "llm" else None,
             vision=_headless(source.config.vision) if name == "vision" else None,
-            image_mean=source.config.image_mean,
-            image_std=source.config.image_std,
+            image_mean=own.mean if own else source.config.image_mean,
+            image_std=own.std if own else source.config.image_std,
         )
         foreign = source.foreign.get({"llm": "text_config", "vision": "vision_config"}[name], source.foreign)
         family = (parts.language if name == "llm" else parts.vision)(_typed(foreign, source.foreign, name), f"model.{name}")
