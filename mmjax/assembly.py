@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator
@@ -120,7 +121,14 @@ def connector_config(section: recipes.Connector, vision: ModelConfig, features: 
         bias=section.bias,
         group=section.group,
         pooled_tokens=section.pooled_tokens,
+        grid=section.grid,
     )
+    side = math.isqrt(config.positions)
+    if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):
+        raise UserError(
+            f"model.connector.grid = {config.grid}: the connector {section.kind!r} over {config.positions} positions has no square map "
+            f"of at least {config.grid} x {config.grid} cells to average"
+        )
     if kind == "identity" and config.in_width != width:
         raise UserError(f"model.connector.kind = 'identity' needs an encoder as wide as the language model, not {config.in_width} against {width}")
     if kind == "residual_mlp" and not section.hidden_width:
@@ -230,12 +238,19 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     """The loaded leaves, and fresh ones for all that are not there. What is drawn depends on the seed and the part alone."""
     shapes = multimodal.shapes(config)
     there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
-    fresh = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
+    bare = dataclasses.replace(config, adapters=())
+    absent = dataclasses.replace(bare, **there)  # type: ignore[arg-type]
+
+    def draw(key: jax.Array) -> Params:
+        adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), multimodal.shapes(bare), config))
+        adapters = {path: leaf for path, leaf in adapted.items() if "/adapters/" in path}
+        return tree.merge(multimodal.init(key, absent), tree.unflatten(adapters))
+
+    # It runs once: on a CPU, optimising the program takes longer than running it.
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
     key = jax.random.key(recipe.seed)
-    drawn = jax.jit(multimodal.init, static_argnames="config")(key, config=fresh)
-    bare = multimodal.shapes(dataclasses.replace(config, adapters=()))
-    adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), bare, config))
-    params = tree.merge(loaded, drawn, tree.unflatten({p: leaf for p, leaf in adapted.items() if "/adapters/" in p}))
+    drawn = jax.jit(draw).lower(key).compile(compiler_options=options)(key)
+    params = tree.merge(loaded, drawn)
     where = tree.flatten(places) if places is not None else {}
     flat = {path: jax.device_put(leaf, where[path]) if path in where else leaf for path, leaf in tree.flatten(params).items()}
     return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
