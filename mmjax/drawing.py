@@ -59,9 +59,8 @@ def first_batch(
                 width = CHARACTER * len(text)
                 if marked:
                     sheet.box(x, y + 0.01, width, LINE - 0.02, MARK)
-                shown = text.replace("$", r"\$")
                 colour = INK if marked else "#5b616c"
-                sheet.text(x, y + LINE / 2, shown, family="monospace", fontsize=11, color=colour)
+                sheet.text(x, y + LINE / 2, text, family="monospace", fontsize=11, color=colour)
                 x += width
             y += LINE
         y += 0.25
@@ -151,7 +150,7 @@ def sample_answers(path: Path, answers: Sequence[Answer], columns: int = 4, titl
                 sheet.text(x + side / 2, top + side / 2, "no image", ha="center", color=PALE)
             for number, (text, colour, weight) in enumerate(said):
                 y = top + side + 0.16 + line * number
-                sheet.text(x, y, text.replace("$", r"\$"), color=colour, fontweight=weight, fontsize=9.5)
+                sheet.text(x, y, text, color=colour, fontweight=weight, fontsize=9.5)
         top += height
     _save(sheet.figure, path)
 
@@ -178,8 +177,9 @@ class _Sheet:
         self.figure, self.width, self.height = Figure(figsize=(width, height)), width, height
 
     def text(self, x: float, y: float, text: str, **style: Any) -> None:
+        text = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
         style = {"color": INK, "va": "center", "fontsize": 9, **style}
-        self.figure.text(x / self.width, 1 - y / self.height, text, **style)
+        self.figure.text(x / self.width, 1 - y / self.height, text, parse_math=False, **style)
 
     def box(self, x: float, y: float, width: float, height: float, colour: str) -> None:
         corner = x / self.width, 1 - (y + height) / self.height

@@ -73,10 +73,11 @@ def pieces(model: Model, settings: config.Generate, messages: list[Message]) -> 
     sampling = model.sampling(
         settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k
     )
-    shown = ""
+    shown = text = ""
     for tokens in stream(model.params, model.config, collate([[example]]), sampling, model.run):
         text = model.text(tokens[0])
         # A character whose bytes are not all there yet waits for them.
         if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(shown) :]
             shown = text
+    yield text[len(shown) :]

@@ -11,15 +11,14 @@ import numpy as np
 import mmjax
 from mmjax import tree
 from mmjax.batch import Batch
-from mmjax.checkpoints import peft
 from mmjax.config import Recipe
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
 from mmjax.export import save_adapters
-from mmjax.loading import with_adapter
 from mmjax.model import Model
 from mmjax.models import multimodal
 from mmjax.results import record
+from mmjax.training.trainable import select
 
 # Largest difference of logits, as a share of the largest logit: rounding of merged adapters and of the written dtype.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -33,17 +32,22 @@ def run(recipe: Recipe, workdir: Path) -> None:
 def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
     """Writes the model, reads it back, compares logits and prompts, and returns the directory.
 
+    An adapter alone (format "peft") is written over the published model that the recipe extends; where there is none, or where
+    more than adapters was trained, the rest of the model goes to `base` below it.
     Raises UserError where the layout cannot hold the model, or where what comes back is not what went out.
     """
     settings = recipe.export
     path = Path(settings.path or workdir / "export")
     if settings.format == "peft":
-        save_adapters(model, path, base=recipe.model.llm.path, dtype=settings.dtype)
-        again = with_adapter(_without_adapters(model), peft.read(path))
+        base = recipe.model.path
+        if not base or not _only_adapters_trained(model, recipe):
+            base = "base"
+            _without_adapters(model).save_pretrained(path / base, dtype=settings.dtype)
+        save_adapters(model, path, base=base, dtype=settings.dtype)
     else:
         layout, dtype = settings.format, settings.dtype
         model.save_pretrained(path, layout=layout, dtype=dtype, merge_adapters=settings.merge_adapters)
-        again = mmjax.load(path, "float32")
+    again = mmjax.load(path, "float32")
     difference = logit_difference(model, again)
     allowed = TOLERANCE[settings.dtype or model.run.dtype]
     if not difference <= allowed:
@@ -51,13 +55,19 @@ def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
             f"{path} was written, but read back its logits differ by {difference:.2g} of the largest (allowed: {allowed:g}): "
             "do not use it, and report this"
         )
-    if settings.format != "peft" and (ours := _prompt(model)) != (theirs := _prompt(again)):
+    if (ours := _prompt(model)) != (theirs := _prompt(again)):
         raise UserError(
             f"{path} was written, but read back a prompt becomes the ids {theirs} instead of {ours}: do not use it"
         )
     record(workdir, {"export_logit_difference": difference})
     print(f"{path}: {settings.format} layout; read back, the logits differ by at most {difference:.1e} of the largest")
     return path
+
+
+def _only_adapters_trained(model: Model, recipe: Recipe) -> bool:
+    """Whether everything the stages train is a leaf of an adapter."""
+    trained = [select(model.params, recipe.stages[name].trainable, name).leaves for name in recipe.run]
+    return all("/adapters/" in path for leaves in trained for path in leaves)
 
 
 def logit_difference(model: Model, other: Model) -> float:
