@@ -83,6 +83,7 @@ class Connector:
     hidden_width: int = 0
     group: int = 1
     pooled_tokens: int = 1
+    grid: int = 0
     bias: bool = True
     path: str = ""
 

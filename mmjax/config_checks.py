@@ -23,7 +23,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "warmup_steps", "hidden_width"), (0, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
-    **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "profile_step"), (0, math.inf)),
+    **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("max_broken", "top_p"), (0, 1)),
     "learning_rate": (1e-12, math.inf),

@@ -177,7 +177,7 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
 
 
 def _connector_rows(config: ConnectorConfig) -> int:
-    return {"pooled_mlp": 1, "concat": config.tokens}.get(config.kind, config.positions)
+    return config.tokens if config.kind == "concat" else config.pooled
 
 
 def _pixels(config: MobileNetV2Config) -> dict[str, int]:

@@ -74,17 +74,16 @@ def cached(
     folder.mkdir(parents=True, exist_ok=True)
     encoder = _encoder_digest(config, params, processor, flip, run)
     encode = functools.partial(_encode, params, mesh=mesh, config=config, run=run)
-    pooled = connectors.pooled_shape(config.connector)
+    shape = config.connector.pooled, config.connector.in_width
     tables = {}
     for name, dataset in datasets.items():
         stem = folder / hashlib.blake2b((encoder + _stamp(described[name])).encode(), digest_size=16).hexdigest()
         names = _names(stem.with_suffix(".json"), dataset, name)
         if names and not stem.with_suffix(".npy").exists():
-            shape = (len(names), 1 + flip, *pooled)
             pictures = functools.partial(_pictures, names, dataset, processor, batch * data_shards(mesh), threads)
-            _fill(stem, shape, pictures, encode, name)
+            _fill(stem, (len(names), 1 + flip, *shape), pictures, encode, name)
         tables[name] = Table(stem.with_suffix(".npy"), {image: row for row, image in enumerate(names)})
-    return Features(pooled, tables)
+    return Features(shape, tables)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +204,7 @@ def _features(params: Params, pixels: jax.Array, *, config: ModelConfig, run: Ex
 def _encoder_digest(config: ModelConfig, params: Params, processor: ImageProcessor, flip: bool, run: Execution) -> str:
     """A hash of everything that decides a picture's features."""
     assert config.connector is not None
-    kept = config.connector.kind, connectors.pooled_shape(config.connector), flip, run.dtype
+    kept = config.connector.kind, config.connector.pooled, flip, run.dtype
     settings = config.vision, config.features, config.image_mean, config.image_std, processor, kept
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for path, leaf in sorted(tree.flatten(params["vision"]).items()):

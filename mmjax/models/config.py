@@ -174,6 +174,8 @@ class ConnectorConfig:
       concat      `group` neighbouring positions concatenated on channels, then an MLP of `depth` (MiniGPT-4, doubutsu's second)
       residual_mlp  MLP, layer norm, then x + MLP(x), both through `hidden_width` (moondream 1)
       identity    nothing
+    With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
+    the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
 
     kind: Literal["linear", "mlp", "pooled_mlp", "concat", "residual_mlp", "identity"]
@@ -186,6 +188,12 @@ class ConnectorConfig:
     bias: bool = True
     group: int = 1
     pooled_tokens: int = 1
+    grid: int = 0
+
+    @property
+    def pooled(self) -> int:
+        """Positions that its parameters see: those left by the averaging at its beginning, if it has any."""
+        return 1 if self.kind == "pooled_mlp" else self.grid**2 or self.positions
 
     @property
     def tokens(self) -> int:
@@ -193,8 +201,8 @@ class ConnectorConfig:
         if self.kind == "pooled_mlp":
             return self.pooled_tokens
         if self.kind == "concat":
-            return self.positions // self.group
-        return self.positions
+            return self.pooled // self.group
+        return self.pooled
 
 
 @dataclasses.dataclass(frozen=True)

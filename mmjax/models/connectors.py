@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax.models.config import ConnectorConfig
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, fan_in_uniform
@@ -43,7 +45,7 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
     """
     if features.shape[-2:] == (config.positions, config.in_width):
         features = pool(config, features)
-    if features.shape[-2:] != pooled_shape(config):
+    if features.shape[-2:] != (config.pooled, config.in_width):
         raise ValueError(
             f"the connector was made for features of {config.positions} positions x {config.in_width} channels, "
             f"the encoder gives {features.shape[-2]} x {features.shape[-1]}"
@@ -69,14 +71,22 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
 
 
 def pool(config: ConnectorConfig, features: jax.Array) -> jax.Array:
-    """What a connector does before its first parameter, where that makes features fewer: [..., positions, in_width] ->
-    [..., *pooled_shape]. Cached features are kept in this form."""
-    return features.mean(-2, keepdims=True) if config.kind == "pooled_mlp" else features
+    """The averaging with which some connectors begin: [..., positions, in_width] -> [..., config.pooled, in_width].
 
-
-def pooled_shape(config: ConnectorConfig) -> tuple[int, int]:
-    """(positions, width) of what `pool` returns."""
-    return 1 if config.kind == "pooled_mlp" else config.positions, config.in_width
+    It has no parameters, so features are cached behind it.
+    """
+    if config.kind == "pooled_mlp":
+        return features.mean(-2, keepdims=True)
+    if not config.grid:
+        return features
+    side = math.isqrt(config.positions)
+    share = np.zeros((config.grid, side), np.float32)  # of each row (or column) in each cell
+    for i in range(config.grid):
+        start, stop = i * side // config.grid, -(-(i + 1) * side // config.grid)
+        share[i, start:stop] = 1 / (stop - start)
+    rows = features.reshape(*features.shape[:-2], side, side, config.in_width)
+    cells = jnp.einsum("gi,hj,...ijc->...ghc", share, share, rows.astype(jnp.float32)).astype(features.dtype)
+    return cells.reshape(*features.shape[:-2], config.pooled, config.in_width)
 
 
 def widths(config: ConnectorConfig) -> list[tuple[int, int]]:

@@ -93,6 +93,20 @@ def test_lora_at_init_equals_the_base_and_merged_equals_unmerged():
     np.testing.assert_allclose(states(merged, base), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("side, grid", [(7, 3), (6, 3), (4, 4), (5, 1)])
+def test_a_grid_averages_as_torch_does(side, grid):
+    config = ConnectorConfig("linear", 5, 4, side**2, grid=grid)
+    features = np.random.default_rng(0).normal(size=(2, side**2, 5)).astype(np.float32)
+    planes = torch.tensor(features.reshape(2, side, side, 5)).permute(0, 3, 1, 2)
+    want = torch.nn.functional.adaptive_avg_pool2d(planes, grid).permute(0, 2, 3, 1).reshape(2, grid**2, 5).numpy()
+    found = connectors.pool(config, features)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    params = connectors.init(jax.random.key(0), config)
+    made = connectors.connect(params, config, features)
+    assert made.shape == (2, config.tokens, 4) == (2, grid**2, 4)
+    np.testing.assert_array_equal(made, connectors.connect(params, config, found))
+
+
 def test_a_target_that_matches_nothing_is_named():
     config = tiny.model_config(adapters=(LoraConfig("x", 2, 2.0, ("llm/layers/attention/q_proj",)),))
     with pytest.raises(ValueError, match="q_proj.*matches no linear layer"):
