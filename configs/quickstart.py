@@ -8,7 +8,7 @@ on, 297 held out), are placed on scenes of one to four, and questions are made f
 
 What it is     the published story in small: a tiny Llama that has only ever read, a tiny SigLIP-like ViT (one patch for each quarter of
                the picture) that has only ever seen single digits, and LLaVA's two-layer MLP between them.
-Stages         language  the Llama alone, on scenes in words: "top left 3, bottom right 7. What is the largest digit?"
+Stages         language  the Llama alone, on scenes in words: "3 empty empty 7" and a question
                vision    the ViT alone, classifying single digits
                align     the MLP alone, on descriptions of scenes; both models frozen
                instruct  LoRA + MLP, on questions about scenes

@@ -35,7 +35,8 @@ class DigitScenes:
     task    "questions"  one question about a scene, the kinds in turn
             "caption"    the scene described: "top left 3, bottom right 7"
             "single"     one digit somewhere on the canvas; its class is the answer, an entry of `classes`
-            "facts"      the text-only twin: a scene in words, followed by a question or by the request to describe it
+            "facts"      the text-only twin: in the picture's place a word for each quarter, "3 empty empty 7"; the kinds in
+                         turn, and the request to describe the scene
     kinds   which questions are asked (all of KINDS)
     """
 
@@ -65,18 +66,18 @@ class DigitScenes:
         if not 0 <= index < self.size:
             raise IndexError(index)
         rng, scene = self._scene(index)
-        words = describe(scene)
         picture = {"type": "image", "path": f"{self.split}-{index:06d}.png"}
         if self.task == "single":
             kind, question, answer = "single", "Which digit is this?", str(next(iter(scene.values())))
         elif self.task == "caption":
-            kind, question, answer = "caption", "Describe the digits.", words
+            kind, (question, answer) = "caption", ask("caption", scene, rng)
         else:
             kinds = self.kinds + ("caption",) if self.task == "facts" else self.kinds
             kind = kinds[index % len(kinds)]
             question, answer = ask(kind, scene, rng)
         if self.task == "facts":
-            content = [{"type": "text", "text": f"{words}. {question}"}]
+            words = " ".join(str(scene.get(quarter, "empty")) for quarter in range(4))
+            content = [{"type": "text", "text": f"{words}\n{question}"}]
         else:
             content = [picture, {"type": "text", "text": question}]
         messages = [

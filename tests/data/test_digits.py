@@ -52,8 +52,8 @@ def test_answers_are_true(split):
     kinds = collections.Counter()
     for i in range(len(facts)):
         sample = facts[i]
-        (scene, question), answer = asked(sample)[0].split(". ", 1), sample.answers[0]
-        shown = {part.rsplit(" ", 1)[0]: int(part[-1]) for part in scene.split(", ")}
+        (scene, question), answer = asked(sample)[0].split("\n"), sample.answers[0]
+        shown = {quarter: int(word) for quarter, word in zip(QUARTERS, scene.split()) if word != "empty"}
         values = list(shown.values())
         expected = {
             "position": lambda: str(shown[question.removeprefix("Which digit is at the ").rstrip("?")]),
@@ -62,10 +62,10 @@ def test_answers_are_true(split):
             "largest": lambda: str(max(values)),
             "sum": lambda: str(sum(values)),
             "order": lambda: " ".join(map(str, values)),
-            "caption": lambda: scene,
+            "caption": lambda: ", ".join(f"{quarter} {digit}" for quarter, digit in shown.items()),
         }[sample.kind]()
         assert answer == expected
-        assert list(shown) == [quarter for quarter in QUARTERS if quarter in shown]  # reading order
+        assert 1 <= len(shown) <= 4 and len(scene.split()) == 4
         kinds[sample.kind] += 1
     assert kinds == dict.fromkeys((*KINDS, "caption"), 100)
 
