@@ -9,7 +9,7 @@ import logging
 import signal
 import time
 from pathlib import Path
-from typing import Any, Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,6 @@ from mmjax import flops, tree
 from mmjax.batch import Batch
 from mmjax.checkpoints.store import Checkpoint, Store, overlay
 from mmjax.config import Recipe
-from mmjax.data.pipeline import Info, Pipeline
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
 from mmjax.models.layers import as_bits, stored
@@ -33,6 +32,9 @@ from mmjax.training.state import State, init_state, state_shapes, state_sharding
 from mmjax.training.step import StepMetrics, make_eval_step, make_train_step
 from mmjax.training.trainable import join, select, split
 from mmjax.tree import Params
+
+if TYPE_CHECKING:
+    from mmjax.data.pipeline import Info, Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +117,7 @@ def train_stage(
     log.info("stage %s\n%s", name, parameter_table(params, selection))
     shardings = param_shardings(params, run.mesh)
     trainable, frozen = split(jax.device_put(params, shardings), selection, stage.param_dtype)
-    frozen = _hold(frozen, run.recipe.model.dtype, whole=set(selection.ranges))
+    frozen = hold(frozen, run.recipe.model.dtype, whole=set(selection.ranges))
     del params
 
     optimizer = make_optimizer(stage.optimizer, trainable, steps, f"{key}.optimizer")
@@ -244,7 +246,7 @@ def train_stage(
     if run.terminating:
         run.store.close()
         raise Terminated(128 + signal.SIGTERM)
-    return join(state.trainable, _release(frozen), selection)
+    return join(state.trainable, release(frozen), selection)
 
 
 @contextlib.contextmanager
@@ -276,7 +278,7 @@ def _on_device(batches: Iterator[tuple[Batch, Info]], mesh: Mesh) -> Generator[t
     yield from ahead
 
 
-def _hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
+def hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
     """Frozen leaves as the step takes them: floating-point ones in `dtype`. On CPUs stacked bfloat16 kernels (but for
     those in `whole`) are held as bits, since XLA:CPU would widen a whole stack (see mmjax.models.layers.stored)."""
 
@@ -289,8 +291,8 @@ def _hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
     return tree.unflatten({path: held(path, leaf) for path, leaf in tree.flatten(frozen).items()})
 
 
-def _release(frozen: Params) -> Params:
-    """The numbers of what `_hold` made bits."""
+def release(frozen: Params) -> Params:
+    """The numbers of what `hold` made bits."""
     return jax.tree.map(stored, frozen)
 
 

@@ -11,16 +11,17 @@ import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import tensorboardX
 
 from mmjax import flops, tree
-from mmjax.data.pipeline import Info
 from mmjax.training.trainable import Selection
 from mmjax.tree import Params
+
+if TYPE_CHECKING:
+    from mmjax.data.pipeline import Info
 
 
 class Journal:
@@ -64,6 +65,8 @@ class Board:
     """TensorBoard: one graph for each stage and figure, over the stage's steps."""
 
     def __init__(self, folder: Path, stage: str, first_step: int):
+        import tensorboardX  # here, since it brings in torch for seconds where that happens to be installed
+
         # Events after a kill are purged where the run goes on.
         self._writer = tensorboardX.SummaryWriter(str(folder / stage), purge_step=first_step, flush_secs=10)
 

