@@ -22,7 +22,7 @@ from mmjax.loading import load, load_connector
 from mmjax.model import Model
 from mmjax.models import adapters as lora
 from mmjax.models import multimodal
-from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
+from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, MobileNetV2Config, ModelConfig
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
 from mmjax.tree import Params
@@ -50,8 +50,8 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     if recipe.model.path:
         return _extended(recipe, shardings)
     section = recipe.model
-    language = _source(section.llm, "model.llm")
-    vision = _source(section.vision, "model.vision")
+    language = _source(section.llm, "model.llm", weights=True)
+    vision = _source(section.vision, "model.vision", weights=True)
     tokenizer = _tokenizer(recipe, language, Path(workdir))
     config, family, foreign = _described(recipe, len(tokenizer) if tokenizer is not None else None)
     _check_vocabulary(config, tokenizer, recipe)
@@ -157,7 +157,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         return _with_adapters(dataclasses.replace(config, features=features), section), family, foreign
     if not found:
         raise UserError("model: neither llm nor vision is given")
-    language, tower = found["llm"][0], found["vision"][0]
+    language, tower = found["llm"][0], _resized(found["vision"][0], section.image.size)
     assert language.llm is not None
     mean, std = section.image.mean or tower.image_mean, section.image.std or tower.image_std
     config = dataclasses.replace(
@@ -215,14 +215,26 @@ def _headless(vision: Any) -> Any:
     return dataclasses.replace(vision, **gone)
 
 
-def _source(part: Part, key: str) -> Published | Config | None:
-    """The directory of a part; its config where the recipe has one and the directory is not here; None for no part."""
+def _resized(tower: ModelConfig, size: int) -> ModelConfig:
+    """The encoder at another picture size; a vision transformer, whose positions are learned, has only its own."""
+    assert tower.vision is not None
+    if not size or size == tower.vision.image_size:
+        return tower
+    if not isinstance(tower.vision, MobileNetV2Config):
+        raise UserError(f"model.image.size = {size}, but the encoder was made for pictures of {tower.vision.image_size} pixels a side")
+    return dataclasses.replace(tower, vision=dataclasses.replace(tower.vision, image_size=size))
+
+
+def _source(part: Part, key: str, weights: bool = False) -> Published | Config | None:
+    """The directory of a part, or its config where it begins from nothing; None for no part.
+
+    Where the directory is not here, the recipe's config stands in for its shapes, never for its `weights`."""
     if not part.path:
         return part.config or None
     try:
         return open_published(locate(part.path))
     except UserError as error:
-        if part.config:
+        if part.config and not weights:
             return part.config
         raise UserError(f"{key}.path: {error}") from error
 

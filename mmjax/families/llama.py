@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmjax.errors import UserError
 from mmjax.families import language
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields, activation_name
@@ -21,14 +22,21 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, output_bias: bool, mlp_bias:
         return fields.get(name, defaults[name]) if name in defaults else fields.need(name)
 
     width, heads = get("hidden_size"), get("num_attention_heads")
+    kv_heads = fields.get("num_key_value_heads", defaults.get("num_key_value_heads", heads))
+    head_dim = fields.get("head_dim", width // heads)
+    if width % heads or heads % kv_heads or head_dim % 2:
+        raise UserError(
+            f"{fields.where}: {heads} attention heads of {head_dim} channels with {kv_heads} for keys do not divide hidden_size = {width} "
+            "as they must (heads divide it, key heads divide heads, channels are even)"
+        )
     return DecoderConfig(
         vocab_size=get("vocab_size"),
         layers=get("num_hidden_layers"),
         block=BlockConfig(
             width=width,
             heads=heads,
-            kv_heads=fields.get("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
-            head_dim=fields.get("head_dim", width // heads),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
             mlp_width=get("intermediate_size"),
             activation=fields.activation("hidden_act", "silu"),
             norm="rms",
