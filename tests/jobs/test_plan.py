@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from mmjax.assembly import assemble
 from mmjax.config import from_config_dict
 from mmjax.errors import UserError
 from mmjax.jobs import plan
@@ -67,3 +68,11 @@ def test_command_keeps_the_figures_of_other_jobs(tmp_path, monkeypatch):
     assert main(["--config=configs/llava15.py:tiny", "--job=plan", f"--workdir={tmp_path}"]) == 0
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["accuracy"] == 0.5 and found["trainable_pretrain"] > 0
+
+
+def test_shapes_stand_in_for_absent_weights_in_a_plan_and_never_in_training(tmp_path):
+    recipe = from_config_dict(config("llava15", ""))
+    recipe.model.llm.path = recipe.model.vision.path = "owner/never-downloaded"
+    plan.run(recipe, tmp_path)
+    with pytest.raises(UserError, match="model.llm.path: owner/never-downloaded is neither a directory nor in the local"):
+        assemble(recipe, tmp_path)
