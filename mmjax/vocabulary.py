@@ -1,4 +1,6 @@
-"""Tokenizers of our own, for language models that begin from nothing: trained on the recipe's texts, kept as a Hugging Face directory."""
+"""Tokenizers of our own, for language models that begin from nothing: trained on the recipe's texts, kept as a Hugging
+Face directory.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +11,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-NEWLINE_WORD_OR_MARK = r"\n|[\p{L}\p{M}]+|\p{N}|[^\s\p{L}\p{M}\p{N}]"
+NEWLINE_WORD_OR_MARK = r"\n|[\p{L}\p{M}]+(?:[-'’][\p{L}\p{M}]+)*|\p{N}|[^\s\p{L}\p{M}\p{N}]"
 
 
 def train(
-    texts: Iterable[str], *, kind: str = "bpe", vocab_size: int = 4096, min_frequency: int = 1, markers: Sequence[str] = ()
+    texts: Iterable[str],
+    *,
+    kind: str = "bpe",
+    vocab_size: int = 4096,
+    min_frequency: int = 1,
+    markers: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """A tokenizer trained on `texts`.
 
-    kind      "word": lower-cased words, single digits, marks and newlines; white space is not kept.
-              "bpe": byte-level pairs (arXiv 1508.07909), which can write anything
+    kind      "word": lower-cased words (t-shirt and man's are one), single digits, marks and newlines; white space is
+              not kept. "bpe": byte-level pairs (arXiv 1508.07909), which can write anything
     markers   further strings that are to be one token each (those of the chat template)
-    The same texts in the same order give the same tokenizer. A text begins with <s> where special tokens are asked for.
+    The same texts in the same order give the same tokenizer. A text begins with <s> where special tokens are asked
+    for.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -47,7 +55,9 @@ def train(
         raise ValueError(f"unknown kind of tokenizer {kind!r}; there are word and bpe")
     tokenizer.train_from_iterator(texts, trainer)
     begin = tokenizer.token_to_id("<s>")
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", begin)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
