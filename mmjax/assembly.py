@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from pathlib import Path
@@ -36,13 +37,15 @@ Shardings = Callable[[Params], Params]
 def model_config(recipe: Recipe, vocab_size: int | None = None) -> ModelConfig:
     """The shapes of a recipe's model, from config.json files or the recipe's own; no weights are touched.
 
-    vocab_size   of a fresh language model whose recipe does not give one (its tokenizer's); without it, the size its tokenizer is to have
+    vocab_size   of a fresh language model whose recipe does not give one (its tokenizer's); without it, the size its
+                 tokenizer is to have
     """
     return _described(recipe, vocab_size)[0]
 
 
 def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) -> Model:
-    """The model of a recipe before its first step: published weights in model.dtype, fresh ones in float32 from the recipe's seed.
+    """The model of a recipe before its first step: published weights in model.dtype, fresh ones in float32 from the
+    recipe's seed.
 
     workdir     where a tokenizer of our own is kept (WORKDIR/tokenizer)
     shardings   from the parameters' shapes to where each leaf goes; none = the default device
@@ -69,7 +72,9 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     params = _completed(recipe, config, tree.merge(*loaded), places)
     processor = None
     if config.vision is not None:
-        processor = image_processor(config, aspect=section.image.aspect if config.connector else "", size=section.image.size)
+        processor = image_processor(
+            config, aspect=section.image.aspect if config.connector else "", size=section.image.size
+        )
         own = read_image_processor(vision.directory, config) if isinstance(vision, Published) else None
         processor = dataclasses.replace(processor, resample=own.resample) if own else processor
     return Model(
@@ -103,7 +108,9 @@ def load_workdir(workdir: Path, dtype: str, *, template: str = "", shardings: Pa
     return dataclasses.replace(model, params=params, run=Execution(dtype=dtype), template=chosen)  # type: ignore[arg-type]
 
 
-def connector_config(section: recipes.Connector, vision: ModelConfig, features: FeatureSpec, width: int) -> ConnectorConfig:
+def connector_config(
+    section: recipes.Connector, vision: ModelConfig, features: FeatureSpec, width: int
+) -> ConnectorConfig:
     """The connector between an encoder and a language model of this width; `kind` may be LLaVA's mlpNx_gelu."""
     tower = vision.vision
     assert tower is not None
@@ -126,11 +133,14 @@ def connector_config(section: recipes.Connector, vision: ModelConfig, features: 
     side = math.isqrt(config.positions)
     if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):
         raise UserError(
-            f"model.connector.grid = {config.grid}: the connector {section.kind!r} over {config.positions} positions has no square map "
-            f"of at least {config.grid} x {config.grid} cells to average"
+            f"model.connector.grid = {config.grid}: the connector {section.kind!r} over {config.positions} positions "
+            f"has no square map of at least {config.grid} x {config.grid} cells to average"
         )
     if kind == "identity" and config.in_width != width:
-        raise UserError(f"model.connector.kind = 'identity' needs an encoder as wide as the language model, not {config.in_width} against {width}")
+        raise UserError(
+            f"model.connector.kind = 'identity' needs an encoder as wide as the language model, "
+            f"not {config.in_width} against {width}"
+        )
     if kind == "residual_mlp" and not section.hidden_width:
         return dataclasses.replace(config, hidden_width=4 * width)
     return config
@@ -175,7 +185,9 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
 
 
 def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, Config]:
-    """A part's shapes, family and config; from its directory, or from the recipe where that is not at hand (or not meant)."""
+    """A part's shapes, family and config; from its directory, or from the recipe where that is not at hand (or not
+    meant).
+    """
     source = _source(part, f"model.{name}")
     if isinstance(source, Published):
         own = read_image_processor(source.directory, source.config) if name == "vision" else None
@@ -186,7 +198,9 @@ def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, 
             image_std=own.std if own else source.config.image_std,
         )
         foreign = source.foreign.get({"llm": "text_config", "vision": "vision_config"}[name], source.foreign)
-        family = (parts.language if name == "llm" else parts.vision)(_typed(foreign, source.foreign, name), f"model.{name}")
+        family = (parts.language if name == "llm" else parts.vision)(
+            _typed(foreign, source.foreign, name), f"model.{name}"
+        )
         return kept, family, _typed(foreign, source.foreign, name)
     foreign = dict(part.config)
     classes = foreign.pop("classes", 0)  # a fresh encoder's own head, for the classification objective
@@ -221,7 +235,9 @@ def _resized(tower: ModelConfig, size: int) -> ModelConfig:
     if not size or size == tower.vision.image_size:
         return tower
     if not isinstance(tower.vision, MobileNetV2Config):
-        raise UserError(f"model.image.size = {size}, but the encoder was made for pictures of {tower.vision.image_size} pixels a side")
+        raise UserError(
+            f"model.image.size = {size}, but the encoder was made for {tower.vision.image_size} pixels a side"
+        )
     return dataclasses.replace(tower, vision=dataclasses.replace(tower.vision, image_size=size))
 
 
@@ -241,31 +257,41 @@ def _source(part: Part, key: str, weights: bool = False) -> Published | Config |
 
 def _with_adapters(config: ModelConfig, section: recipes.Model) -> ModelConfig:
     added = tuple(
-        LoraConfig(name, a.rank, a.alpha, tuple(a.targets), a.dropout, a.rank_stabilised) for name, a in section.adapters.items()
+        LoraConfig(name, a.rank, a.alpha, tuple(a.targets), a.dropout, a.rank_stabilised)
+        for name, a in section.adapters.items()
     )
     return dataclasses.replace(config, adapters=config.adapters + added)
 
 
 def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Params | None) -> Params:
-    """The loaded leaves, and fresh ones for all that are not there. What is drawn depends on the seed and the part alone."""
+    """The loaded leaves, and fresh ones for all that are not there. What is drawn depends on the seed and the part
+    alone.
+    """
     shapes = multimodal.shapes(config)
     there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
-    bare = dataclasses.replace(config, adapters=())
-    absent = dataclasses.replace(bare, **there)  # type: ignore[arg-type]
+    absent = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
+    params = tree.merge(loaded, _drawing(config, absent)(jax.random.key(recipe.seed)))
+    where = tree.flatten(places) if places is not None else {}
+    flat = {
+        path: jax.device_put(leaf, where[path]) if path in where else leaf
+        for path, leaf in tree.flatten(params).items()
+    }
+    return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
+
+
+@functools.lru_cache(maxsize=8)
+def _drawing(config: ModelConfig, absent: ModelConfig) -> Callable[[jax.Array], Params]:
+    """From a key to the fresh leaves: all of the `absent` parts, and the adapters of the whole."""
 
     def draw(key: jax.Array) -> Params:
-        adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), multimodal.shapes(bare), config))
+        shapes = multimodal.shapes(dataclasses.replace(config, adapters=()))
+        adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), shapes, config))
         adapters = {path: leaf for path, leaf in adapted.items() if "/adapters/" in path}
         return tree.merge(multimodal.init(key, absent), tree.unflatten(adapters))
 
     # It runs once: on a CPU, optimising the program takes longer than running it.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
-    key = jax.random.key(recipe.seed)
-    drawn = jax.jit(draw).lower(key).compile(compiler_options=options)(key)
-    params = tree.merge(loaded, drawn)
-    where = tree.flatten(places) if places is not None else {}
-    flat = {path: jax.device_put(leaf, where[path]) if path in where else leaf for path, leaf in tree.flatten(params).items()}
-    return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
+    return jax.jit(draw, compiler_options=options)
 
 
 def _connector_paths(shapes: Params) -> frozenset[str]:
@@ -327,7 +353,8 @@ def _texts(recipe: Recipe) -> Iterator[str]:
 
 def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> None:
     if config.llm is not None and tokenizer is not None and len(tokenizer) > config.llm.vocab_size:
+        remedy = "" if recipe.model.llm.path else ", or leave out vocab_size in model.llm.config"
         raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens, the language model only {config.llm.vocab_size} embeddings: choose another "
-            f"model.tokenizer.path{'' if recipe.model.llm.path else ', or leave out vocab_size in model.llm.config'}"
+            f"the tokenizer has {len(tokenizer)} tokens, the language model only {config.llm.vocab_size} embeddings: "
+            f"choose another model.tokenizer.path{remedy}"
         )

@@ -24,22 +24,41 @@ from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokeni
 LAYOUTS = {"hf": llava.FAMILY, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}
 ROWS = 64  # a vocabulary that must grow grows to a multiple of this
 # Fields of LLaVA's original config that are not the language model's.
-_NOT_TEXT = ("mm_", "tune_mm", "freeze_mm", "unfreeze_mm", "use_mm", "image_", "tokenizer_", "vision_config", "architectures")
+_NOT_TEXT = (
+    "mm_",
+    "tune_mm",
+    "freeze_mm",
+    "unfreeze_mm",
+    "use_mm",
+    "image_",
+    "tokenizer_",
+    "vision_config",
+    "architectures",
+)
 
 
 def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True) -> None:
     """See Model.save_pretrained. Raises UserError where the layout cannot hold the model."""
     if model.config.adapters and not merge_adapters:
-        raise UserError(f"adapters cannot stay apart in a whole model's directory; write them with layout 'peft' ({', '.join(_names(model))})")
+        raise UserError(
+            f"the adapters {', '.join(_names(model))} cannot stay apart in a whole model's directory; "
+            "write them by themselves in peft's layout"
+        )
     family, foreign = _target(model, layout)
     if family is llava.FAMILY and foreign.get("image_token_index") is None:
         model, foreign = _with_placeholder(model, foreign)
     params, config = model.params, _without_heads(model.config, family)
     path.mkdir(parents=True, exist_ok=True)
     foreign = family.write_config(config, foreign)
-    flat = {p: leaf for p, leaf in tree.flatten(params).items() if not any(tree.matches(p, glob) for glob in family.unneeded)}
+    flat = {
+        p: leaf
+        for p, leaf in tree.flatten(params).items()
+        if not any(tree.matches(p, glob) for glob in family.unneeded)
+    }
     bare = {p: leaf for p, leaf in flat.items() if "/adapters/" not in p}
-    tensors = keys.tensors(tree.unflatten(bare), family.rules(config, foreign), dtype or None, _merging(flat, model.config))
+    tensors = keys.tensors(
+        tree.unflatten(bare), family.rules(config, foreign), dtype or None, _merging(flat, model.config)
+    )
     held = dtype or _sizes(tensors).most_common(1)[0][0]
     (path / "config.json").write_text(json.dumps(_with_dtype(foreign, held), indent=2) + "\n")
     safetensors.write(tensors, path)
@@ -54,7 +73,9 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
     adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
     family, foreign = _target(model, "")
     rules = family.rules(model.config, foreign)
-    peft.write(model.params, adapter, rules, family, path, base=base or next(iter(model.bases), ""), dtype=dtype or None)
+    peft.write(
+        model.params, adapter, rules, family, path, base=base or next(iter(model.bases), ""), dtype=dtype or None
+    )
 
 
 def _names(model: Model) -> list[str]:
@@ -91,7 +112,11 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
             "mm_use_im_patch_token": False,
             "mm_patch_merge_type": "flat",
         }
-    before = {"image_token_index": model.foreign["image_token_index"]} if model.foreign.get("image_token_index") is not None else {}
+    before = (
+        {"image_token_index": model.foreign["image_token_index"]}
+        if model.foreign.get("image_token_index") is not None
+        else {}
+    )
     return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before}
 
 
@@ -112,8 +137,9 @@ def _without_heads(config: ModelConfig, family: Family) -> ModelConfig:
 
 
 def _with_placeholder(model: Model, foreign: Config) -> tuple[Model, Config]:
-    """The model with an id for image tokens, as transformers wants it: the tokenizer's <image>, else a new one, for which the vocabulary
-    grows (by rows that are the mean of the others) only where it has no spare row."""
+    """The model with an id for image tokens, as transformers wants it: the tokenizer's <image>, else a new one, for
+    which the vocabulary grows (by rows that are the mean of the others) only where it has no spare row.
+    """
     assert model.config.llm is not None
     vocab, tokenizer = model.config.llm.vocab_size, model.tokenizer
     placeholder: Any
@@ -152,7 +178,9 @@ def _merging(flat: dict[str, Any], config: ModelConfig) -> keys.Change:
         for name, scale in scales.items():
             a = flat.get(f"{linear}/adapters/{name}/lora_a")
             if a is not None and path.endswith("/kernel"):
-                low, high = (np.asarray(keys.row(flat[f"{linear}/adapters/{name}/lora_{s}"], i), np.float32) for s in "ab")
+                low, high = (
+                    np.asarray(keys.row(flat[f"{linear}/adapters/{name}/lora_{s}"], i), np.float32) for s in "ab"
+                )
                 kernel = (kernel.astype(np.float32) + low @ high * scale).astype(kernel.dtype)
         return kernel
 
@@ -184,10 +212,11 @@ def _write_rest(model: Model, foreign: Config, path: Path) -> None:
         write_image_processor(model.image_processor, model.config, path, strategy)
     if model.config.llm is not None:
         text = foreign.get("text_config", foreign)
-        ids = {name: model.generation.get(name, text.get(name)) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        ids = {
+            name: model.generation.get(name, text.get(name))
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        }
         if model.tokenizer is not None:
             ids = {name: getattr(model.tokenizer, name) if value is None else value for name, value in ids.items()}
         kept = {**model.generation, **{name: value for name, value in ids.items() if value is not None}}
         (path / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")
-
-

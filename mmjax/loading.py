@@ -24,15 +24,24 @@ PROJECTORS = ("mm_projector.bin", "mm_projector.safetensors", "non_lora_trainabl
 _WRAPPED = (r"^base_model\.(model\.)?(?=model\.)", "")
 
 
-def load(path: str | Path, dtype: str = "float32", *, template: str = "", shardings: Params | None = None, check_finite: bool = False) -> Model:
-    """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an mmjax workdir;
-    or a repository id that is in the local Hugging Face cache. What it is, its config.json says.
+def load(
+    path: str | Path,
+    dtype: str = "float32",
+    *,
+    template: str = "",
+    shardings: Params | None = None,
+    check_finite: bool = False,
+) -> Model:
+    """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an
+    mmjax
+    workdir; or a repository id that is in the local Hugging Face cache. What it is, its config.json says.
 
     dtype         of weights and activations
     template      a chat template's name; "" = the tokenizer's own, else LLaVA-1.5's where it fits
     shardings     where each leaf goes (a tree like the parameters); none = the default device
     check_finite  refuse weights with NaN or infinity
-    Raises UserError listing every weight that is missing, unexpected or of another shape; nothing is ever left random.
+    Raises UserError listing every weight that is missing, unexpected or of another shape; nothing is ever left
+    random.
     """
     directory = locate(str(path))
     if (directory / "recipe.json").is_file():
@@ -42,13 +51,21 @@ def load(path: str | Path, dtype: str = "float32", *, template: str = "", shardi
     has_config = (directory / "config.json").is_file()
     adapter_config = directory / "adapter_config.json"
     if has_config and "adapter_dir" in (index := read_json(directory / "config.json")):
-        return load(directory / index["adapter_dir"], dtype, template=template, shardings=shardings, check_finite=check_finite)
+        return load(
+            directory / index["adapter_dir"], dtype, template=template, shardings=shardings, check_finite=check_finite
+        )
     if adapter_config.is_file():
         adapter = peft.read(directory)
         if not has_config:
-            base = load(locate(adapter.base, directory), dtype, template=template, shardings=shardings, check_finite=check_finite)
+            base = load(
+                locate(adapter.base, directory),
+                dtype,
+                template=template,
+                shardings=shardings,
+                check_finite=check_finite,
+            )
             return with_adapter(base, adapter)
-        # LLaVA's LoRA directories: the config of the whole model, the projector beside the adapter, the language model elsewhere.
+        # LLaVA's LoRA directories: the whole model's config, the projector beside the adapter, the rest elsewhere.
         source = open_published(directory)
         model = from_published(source, _from_parts(source, adapter.base, dtype, shardings), dtype, template)
         return with_adapter(model, adapter)
@@ -91,7 +108,9 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
 
 
 def chosen_template(tokenizer: Any, directory: Path, name: str = "") -> Template | None:
-    """The template called `name`; without one the tokenizer's own (or the processor's), else v1 where it fits, else None."""
+    """The template called `name`; without one the tokenizer's own (or the processor's), else v1 where it fits, else
+    None.
+    """
     if tokenizer.chat_template is None:
         for file in ("chat_template.json", "processor_config.json"):
             if (directory / file).is_file() and (found := read_json(directory / file).get("chat_template")):
@@ -121,7 +140,8 @@ def with_adapter(model: Model, adapter: peft.Adapter) -> Model:
 
 
 def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32") -> Params:
-    """A connector's leaves from a projector-only file (`mm_projector.bin` and the like), a directory with one, or a whole model's directory.
+    """A connector's leaves from a projector-only file (`mm_projector.bin` and the like), a directory with one, or a
+    whole model's directory.
 
     Raises UserError with what is missing or does not fit.
     """
@@ -135,7 +155,9 @@ def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "f
                 raise UserError(f"{place}: its connector is {source.config.connector}, the recipe's is {config}")
             return published.load_part(source, "connector", dtype=dtype)
         if not named:
-            raise UserError(f"{place} has no connector: neither {', '.join(PROJECTORS)} nor a whole model's config.json")
+            raise UserError(
+                f"{place} has no connector: neither {', '.join(PROJECTORS)} nor a whole model's config.json"
+            )
         place = named[0]
     shapes = multimodal.shapes(ModelConfig(connector=config))
     stored = keys.renamed(weights.read(place), (_WRAPPED, *llava_llama.FAMILY.spellings))
@@ -144,10 +166,15 @@ def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "f
 
 
 def _from_parts(source: Published, base: str, dtype: str, shardings: Params | None) -> Params:
-    """The leaves of LLaVA's partial directories: language model, vision tower and projector each from where it is published."""
+    """The leaves of LLaVA's partial directories: language model, vision tower and projector each from where it is
+    published.
+    """
     where = source.directory
     if not base:
-        raise UserError(f"{where} has no language model and does not say which one it belongs to; load it through a recipe's model.llm.path")
+        raise UserError(
+            f"{where} has no language model and does not say which one it belongs to; "
+            "load it through a recipe's model.llm.path"
+        )
     towers = source.family.external(source.foreign)
     if "vision" not in towers:
         raise UserError(f"{where}/config.json does not name its vision tower (mm_vision_tower)")
@@ -160,5 +187,3 @@ def _from_parts(source: Published, base: str, dtype: str, shardings: Params | No
         load_connector(where, source.config.connector, dtype=dtype),
         published.load_part(llm, "llm", dtype=dtype, shardings=shardings),
     )
-
-

@@ -1,4 +1,4 @@
-"""A model with everything that belongs to it: weights, tokenizer, chat template, image processor, and its published names."""
+"""A model with everything that belongs to it: weights, tokenizer, chat template, image processor, published names."""
 
 from __future__ import annotations
 
@@ -54,10 +54,18 @@ class Model:
 
         Raises UserError for a name that the family does not take.
         """
-        return self.family.outputs(self.params, self.config, self.foreign, self._known(inputs), self.run, output_hidden_states)
+        return self.family.outputs(
+            self.params, self.config, self.foreign, self._known(inputs), self.run, output_hidden_states
+        )
 
     def generate(
-        self, inputs: Mapping[str, Any], max_new_tokens: int = 16, *, ignore_eos: bool = False, return_scores: bool = False, **sampling: Any
+        self,
+        inputs: Mapping[str, Any],
+        max_new_tokens: int = 16,
+        *,
+        ignore_eos: bool = False,
+        return_scores: bool = False,
+        **sampling: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """The new ids after each row's prompt, int32 [rows, new]: greedy unless `sampling` says otherwise (fields of
         mmjax.inference.generate.Sampling). Rows that end earlier are filled up with the padding id.
@@ -73,10 +81,12 @@ class Model:
         return (out.tokens[:, :used], out.scores[:, :used]) if out.scores is not None else out.tokens[:, :used]
 
     def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **sampling: Any) -> str:
-        """The answer to a conversation: [{"role": "user", "content": [{"type": "image", "path"|"image": ...}, {"type": "text", "text": ...}]}]."""
+        """The answer to a conversation in Hugging Face messages; an image part has a `path` or the `image` itself."""
         return self.answers([messages], max_new_tokens, **sampling)[0]
 
-    def answers(self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 256, **sampling: Any) -> list[str]:
+    def answers(
+        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 256, **sampling: Any
+    ) -> list[str]:
         """The answers to several conversations, generated together."""
         examples = [self.prompt(Sample(f"conversation {i}", validated(list(c)))) for i, c in enumerate(conversations)]
         batch = collate([[example] for example in examples])
@@ -97,7 +107,9 @@ class Model:
     def encoder(self, max_length: int = 0) -> Encoder:
         """From samples to ids, as this model's tokenizer and template have it. Raises UserError without them."""
         if self.tokenizer is None or self.template is None:
-            missing = "tokenizer" if self.tokenizer is None else "chat template (give one: mmjax.load(path, template=...))"
+            missing = (
+                "tokenizer" if self.tokenizer is None else "chat template (give one: mmjax.load(path, template=...))"
+            )
             raise UserError(f"this model has no {missing}, so it takes ids, but no messages")
         tokens = self.config.tokens_per_tile
         return Encoder(self.tokenizer, self.template, tokens, self.image_start, self.image_end, max_length)
@@ -145,10 +157,13 @@ class Model:
             text = text.split(stop)[0] if stop.strip() else text
         return text.strip()
 
-    def save_pretrained(self, path: str | Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True) -> None:
+    def save_pretrained(
+        self, path: str | Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True
+    ) -> None:
         """A directory that transformers loads, or that the reference's own code does.
 
-        layout   "hf" (transformers), "original" (LLaVA's authors'), "mmjax" (ours); "" = the one it was read in, or the first that can hold it
+        layout   "hf" (transformers), "original" (LLaVA's authors'), "mmjax" (ours); "" = the one it was read in, or
+                 the first that can hold it
         dtype    of the written weights; "" = as they are held. Adapters are merged into the weights they change.
         """
         from mmjax.export import save
@@ -159,10 +174,9 @@ class Model:
         for name in inputs:
             if name not in self.family.inputs:
                 near = difflib.get_close_matches(name, self.family.inputs, 1)
-                raise UserError(
-                    f"unknown input {name!r}{f' (nearest: {near[0]!r})' if near else ''}; a {self.family.model_types[0]} takes "
-                    f"{', '.join(self.family.inputs)}"
-                )
+                nearest = f" (nearest: {near[0]!r})" if near else ""
+                kind, known = self.family.model_types[0], ", ".join(self.family.inputs)
+                raise UserError(f"unknown input {name!r}{nearest}; a {kind} takes {known}")
         return {name: np.asarray(value) for name, value in inputs.items() if value is not None}
 
 

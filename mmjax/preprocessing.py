@@ -28,7 +28,9 @@ def image_processor(config: ModelConfig, *, aspect: str = "", size: int = 0) -> 
 
 
 def read_image_processor(directory: Path, config: ModelConfig) -> ImageProcessor | None:
-    """The one in a directory's preprocessor_config.json (or in processor_config.json, where transformers 5 puts it); None without any."""
+    """The one in a directory's preprocessor_config.json (or in processor_config.json, where transformers 5 puts it);
+    None without any.
+    """
     values: dict[str, Any] | None = None
     for name in ("preprocessor_config.json", "processor_config.json"):
         path = directory / name
@@ -69,11 +71,15 @@ def read_image_processor(directory: Path, config: ModelConfig) -> ImageProcessor
 
 
 def write_image_processor(processor: ImageProcessor, config: ModelConfig, directory: Path, strategy: str) -> None:
-    """preprocessor_config.json and processor_config.json of transformers' LLaVA; `strategy` is its vision_feature_select_strategy."""
+    """preprocessor_config.json and processor_config.json of transformers' LLaVA; `strategy` is its
+    vision_feature_select_strategy.
+    """
     tower = config.vision
     sides = {"height": processor.height, "width": processor.width}
     cropped = processor.aspect != "squash"
-    kind = {"pad": "LlavaImageProcessor", "crop": "CLIPImageProcessor", "squash": "SiglipImageProcessor"}[processor.aspect]
+    kind = {"pad": "LlavaImageProcessor", "crop": "CLIPImageProcessor", "squash": "SiglipImageProcessor"}[
+        processor.aspect
+    ]
     values: dict[str, Any] = {
         "image_processor_type": kind,
         "do_convert_rgb": True,
@@ -118,7 +124,11 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
 
 
 def write_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, template: Template | None, directory: Path, image_start: str = "", image_end: str = ""
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template | None,
+    directory: Path,
+    image_start: str = "",
+    image_end: str = "",
 ) -> None:
     """The tokenizer's files; the template goes with it as its chat template."""
     before = tokenizer.chat_template

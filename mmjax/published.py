@@ -80,15 +80,21 @@ def open_published(directory: Path) -> Published:
     return Published(directory, foreign, family, family.read_config(foreign, where))
 
 
-def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = False) -> Params:
-    """All leaves of a published model; a part that the directory lacks is read where its config says that it is published."""
+def load_leaves(
+    source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = False
+) -> Params:
+    """All leaves of a published model; a part that the directory lacks is read where its config says that it is
+    published.
+    """
     rules = source.family.rules(source.config, source.foreign)
     stored = _stored(source)
     elsewhere: Params = {}
     for part, name in source.family.external(source.foreign).items():
         own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
         if not any(r.name.replace("{i}", "0") in stored for r in own):
-            elsewhere = load_part(open_published(locate(name, source.directory)), part, dtype=dtype, shardings=shardings)
+            elsewhere = load_part(
+                open_published(locate(name, source.directory)), part, dtype=dtype, shardings=shardings
+            )
             rules = [r for r in rules if r not in own]
     if check_finite:
         weights.require_finite(stored)
@@ -117,13 +123,17 @@ def _expected(source: Published) -> dict[str, Any]:
     return {"copies": source.family.copies(source.config), "unused": source.family.unused, "where": source.directory}
 
 
-def _load(source: Published, stored: dict[str, Stored], rules: list[Rule], dtype: Any, shardings: Params | None) -> Params:
+def _load(
+    source: Published, stored: dict[str, Stored], rules: list[Rule], dtype: Any, shardings: Params | None
+) -> Params:
     shapes = multimodal.shapes(source.config)
     return keys.load(stored, rules, shapes, dtype=dtype, shardings=shardings, **_expected(source))
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash that changes with any weight file's name, size, header or sampled bytes, with config.json, and with a run's checkpoints.
+    """A hash that changes with any weight file's name, size, header or sampled bytes, with config.json, and with a
+    run's
+    checkpoints.
 
     Reads a few hundred KB of each file, not all of it.
     """
@@ -145,7 +155,11 @@ def fingerprint(directory: Path) -> str:
 
 def bases(source: Published) -> dict[str, str]:
     """Reference -> fingerprint of a directory, and of those that hold parts of it."""
-    others = [locate(name, source.directory) for name in source.family.external(source.foreign).values() if _at_hand(name, source)]
+    others = [
+        locate(name, source.directory)
+        for name in source.family.external(source.foreign).values()
+        if _at_hand(name, source)
+    ]
     return {str(directory): fingerprint(directory) for directory in (source.directory, *others)}
 
 

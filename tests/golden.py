@@ -1,7 +1,8 @@
 """Compares the package with recorded references: `python -m tests.golden DIR [DIR ...]`.
 
-A directory holds config.json, inputs.npz, outputs.npz and usually weights. What is run is decided by `model_type` and the fields of
-config.json alone. One line for each directory; exit code 0 only if nothing failed and nothing was unsupported.
+A directory holds config.json, inputs.npz, outputs.npz and usually weights. What is run is decided by `model_type` and
+the fields of config.json alone. One line for each directory; exit code 0 only if nothing failed and nothing was
+unsupported.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main(directories: list[str]) -> int:
     for name in directories:
         result = run(Path(name))
         results.append(result)
-        line = f"{name}  {result.status}  {result.compared}/{result.present}  {result.difference:.2e}  {result.relative:.2e}"
+        outputs = f"{result.compared}/{result.present}"
+        line = f"{name}  {result.status}  {outputs}  {result.difference:.2e}  {result.relative:.2e}"
         print(line + (f"  {result.why}" if result.why else ""), flush=True)
     counts = [sum(r.status == status for r in results) for status in ("PASS", "FAIL", "UNSUPPORTED")]
     print("{} passed, {} failed, {} unsupported".format(*counts))
@@ -80,7 +82,9 @@ def run(directory: Path) -> Result:
         difference, relative = max(difference, apart), max(relative, apart / scale if scale else apart)
         if not apart <= allowed:
             wrong.append(name)
-    why = "; ".join([f"differs: {', '.join(wrong)}"] * bool(wrong) + [f"not computed: {', '.join(missing)}"] * bool(missing))
+    why = "; ".join(
+        [f"differs: {', '.join(wrong)}"] * bool(wrong) + [f"not computed: {', '.join(missing)}"] * bool(missing)
+    )
     status = "FAIL" if wrong or missing else "PASS"
     if wrong and "note" in config:
         why += f" (the reference says of itself: {config['note']})"
@@ -128,7 +132,9 @@ def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str
 
 
 def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
-    """The inputs that were generated from: all rows, or one of them without its padding, with its images (a number of them, or a range)."""
+    """The inputs that were generated from: all rows, or one of them without its padding, with its images (a number of
+    them, or a range).
+    """
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "position_ids")}
     if row < 0:
         return inputs
@@ -171,7 +177,9 @@ def image_processor(directory: Path, config: Arrays, inputs: Arrays, wanted: set
     for name in (n for n in inputs if n.startswith("image_")):
         pixels = processor.normalise(processor.pixels(inputs[name])).transpose(2, 0, 1)
         # The references' processors return batches, LLaVA's own function single pictures.
-        found[name.replace("image_", "pixel_values_")] = pixels if config["pipeline"] == "llava_original_pad" else pixels[None]
+        found[name.replace("image_", "pixel_values_")] = (
+            pixels if config["pipeline"] == "llava_original_pad" else pixels[None]
+        )
     return found
 
 

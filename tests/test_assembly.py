@@ -39,7 +39,12 @@ CLIP = {
     "patch_size": 14,
 }
 ROWS = [
-    {"messages": [{"role": "user", "content": f"What is {a} and {b}?"}, {"role": "assistant", "content": f"It is {a + b}."}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {a} and {b}?"},
+            {"role": "assistant", "content": f"It is {a + b}."},
+        ]
+    }
     for a in range(4)
     for b in range(4)
 ]
@@ -60,7 +65,10 @@ def recipe(folder: Path, **model) -> Recipe:
 def randomised(model):
     """The model with every leaf drawn, zeros included."""
     rng = np.random.default_rng(0)
-    drawn = {p: jax.device_put(leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32)) for p, leaf in tree.flatten(model.params).items()}
+    drawn = {
+        p: jax.device_put(leaf + 0.2 * rng.standard_normal(leaf.shape, np.float32))
+        for p, leaf in tree.flatten(model.params).items()
+    }
     return dataclasses.replace(model, params=tree.unflatten(drawn))
 
 
@@ -83,7 +91,9 @@ def exported(assembled, tmp_path_factory):
 
 def question() -> list:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3), np.uint8))
-    return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is 2 and 3?"}]}]
+    return [
+        {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is 2 and 3?"}]}
+    ]
 
 
 def test_everything_is_there_and_nothing_more(assembled):
@@ -114,7 +124,9 @@ def test_an_export_loads_in_transformers_with_its_processor(assembled, exported)
     processor = AutoProcessor.from_pretrained(exported, backend="pil")
     messages = question()
     picture = messages[0]["content"][0]["image"]
-    text = processor.apply_chat_template([{"role": "user", "content": [{"type": "image"}, messages[0]["content"][1]]}], add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, messages[0]["content"][1]]}], add_generation_prompt=True
+    )
     given = processor(images=picture, text=text, return_tensors="pt", add_special_tokens=False)
     ours = mmjax.load(exported)
     example = ours.prompt(Sample("x", validated(messages)))
@@ -127,7 +139,9 @@ def test_an_export_loads_in_transformers_with_its_processor(assembled, exported)
     assert np.abs(logits(ours, ids, pixels) - reference).max() < 2e-4 * max(1, np.abs(reference).max())
     # The adapters of the assembled model are merged in what was written.
     vocab = model.config.llm.vocab_size
-    assert np.abs(logits_of(model, example)[..., :vocab] - reference[..., :vocab]).max() < 1e-3 * np.abs(reference).max()
+    assert (
+        np.abs(logits_of(model, example)[..., :vocab] - reference[..., :vocab]).max() < 1e-3 * np.abs(reference).max()
+    )
 
 
 def logits_of(model, example) -> np.ndarray:
@@ -197,7 +211,9 @@ def test_projector_only_files(exported, tmp_path):
     kernels = tree.flatten(mmjax.load(exported).params)
     tensors = {}
     for name, path in (("0", "layers_0"), ("2", "layers_1")):
-        tensors[f"model.mm_projector.{name}.weight"] = torch.tensor(np.asarray(kernels[f"connector/{path}/kernel"]).T.copy())
+        tensors[f"model.mm_projector.{name}.weight"] = torch.tensor(
+            np.asarray(kernels[f"connector/{path}/kernel"]).T.copy()
+        )
         tensors[f"model.mm_projector.{name}.bias"] = torch.tensor(np.asarray(kernels[f"connector/{path}/bias"]).copy())
     torch.save(tensors, tmp_path / "mm_projector.bin")
     for place in (tmp_path, tmp_path / "mm_projector.bin", exported):
@@ -227,7 +243,11 @@ def test_llava_lora_directories(exported, tmp_path):
         projector[prefix + "weight"] = torch.tensor(np.asarray(flat[f"connector/{path}/kernel"]).T.copy())
         projector[prefix + "bias"] = torch.tensor(np.asarray(flat[f"connector/{path}/bias"]).copy())
     torch.save(projector, adapter / "non_lora_trainables.bin")
-    drawn = {f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{s}.weight": torch.randn(shape) for i in (0, 1) for s, shape in (("A", (2, 32)), ("B", (32, 2)))}
+    drawn = {
+        f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{s}.weight": torch.randn(shape)
+        for i in (0, 1)
+        for s, shape in (("A", (2, 32)), ("B", (32, 2)))
+    }
     torch.save(drawn, adapter / "adapter_model.bin")
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "base_model_name_or_path": str(exported), "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(fields))
@@ -259,5 +279,7 @@ def test_a_workdir_without_a_checkpoint_is_what_its_recipe_assembles(assembled, 
 
 
 def test_a_part_that_is_not_here_is_said(tmp_path):
-    with pytest.raises(UserError, match="model.llm.path: some/llm is neither a directory nor in the local.*hf download some/llm"):
+    with pytest.raises(
+        UserError, match="model.llm.path: some/llm is neither a directory nor in the local.*hf download some/llm"
+    ):
         assemble(recipe(tmp_path, llm=Part("some/llm")), tmp_path)

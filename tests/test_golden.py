@@ -24,7 +24,9 @@ def test_golden(goldens, name):
 def test_quirks_of_the_reference_are_not_targets(goldens):
     """There the clean rule holds: ids agree, labels do not, and the line says why."""
     result = golden.run(goldens / "label_mask" / "mpt_head_all_ignored_quirk")
-    assert result.status == "FAIL" and "differs: labels_0, labels_1, labels_2 (the reference says of itself:" in result.why
+    assert (
+        result.status == "FAIL" and "differs: labels_0, labels_1, labels_2 (the reference says of itself:" in result.why
+    )
 
 
 def test_exit_code_and_lines(tmp_path, capsys):

@@ -24,7 +24,9 @@ def test_two_hundred_greedy_tokens(stories, golden):
     found = stories.generate({"input_ids": [[1]]}, max_new_tokens=200, ignore_eos=True)
     assert [1, *found[0].tolist()][: len(wanted)] == wanted
     assert len(wanted) >= 200
-    assert stories.tokenizer.decode(found[0], skip_special_tokens=True).strip()[:80] == golden["greedy_text"].strip()[:80]
+    assert (
+        stories.tokenizer.decode(found[0], skip_special_tokens=True).strip()[:80] == golden["greedy_text"].strip()[:80]
+    )
 
 
 def test_logits_after_the_first_token(stories, golden):

@@ -30,7 +30,14 @@ def test_a_directory_near_another_is_found(tmp_path):
 def test_the_family_comes_from_the_config_not_from_the_name(tmp_path):
     directory = tmp_path / "llava-lora-mistral"
     directory.mkdir()
-    fields = {"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    fields = {
+        "model_type": "llama",
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     (directory / "config.json").write_text(json.dumps(fields))
     assert open_published(directory).family.model_types == ("llama",)
 

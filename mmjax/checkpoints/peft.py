@@ -1,7 +1,7 @@
 """LoRA adapters (arXiv 2106.09685) as the peft library keeps them: adapter_config.json and adapter_model.safetensors.
 
-A file's `base_model.model.MODULE.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank] are our `lora_a` [in, rank] and `lora_b` [rank, out]
-beside the kernel of that module.
+A file's `base_model.model.MODULE.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank] are our `lora_a` [in,
+rank] and `lora_b` [rank, out] beside the kernel of that module.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mmjax.tree import Params
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 # Fields that change nothing here: how the adapter was started, where it was put, what its base was.
-_NEUTRAL = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "r", "lora_alpha", "lora_dropout",
-    "revision", "target_modules", "exclude_modules", "task_type", "use_rslora", "runtime_config", "megatron_core", "bias",
-    "low_cpu_mem_usage", "ensure_weight_tying", "init_lora_weights", "qalora_group_size", "velora_config", "arrow_config",
-}  # fmt: skip
+_NEUTRAL = set(
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version r lora_alpha lora_dropout revision "
+    "target_modules exclude_modules task_type use_rslora runtime_config megatron_core bias low_cpu_mem_usage "
+    "ensure_weight_tying init_lora_weights qalora_group_size".split()
+)
 # Ways of starting an adapter that also change the base's weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -86,7 +86,9 @@ def read(directory: str | Path, name: str = "default") -> Adapter:
     return Adapter(config, fields.get("base_model_name_or_path") or "", weights.read(directory, NAMES), directory)
 
 
-def leaves(adapter: Adapter, rules: list[Rule], spellings: tuple[tuple[str, str], ...], params: Params) -> tuple[LoraConfig, Params]:
+def leaves(
+    adapter: Adapter, rules: list[Rule], spellings: tuple[tuple[str, str], ...], params: Params
+) -> tuple[LoraConfig, Params]:
     """The adapter's config with its targets, and its leaves; `params` (or their shapes) are those of the base.
 
     Raises UserError for tensors that fit no Linear of the base, and for a Linear adapted in some of its layers only.
@@ -112,7 +114,10 @@ def leaves(adapter: Adapter, rules: list[Rule], spellings: tuple[tuple[str, str]
         if not present:
             continue
         if len(present) < len(modules):
-            raise UserError(f"{adapter.directory}: {linear} is adapted in {len(present)} of {len(modules)} layers, which is not supported")
+            raise UserError(
+                f"{adapter.directory}: {linear} is adapted in {len(present)} of {len(modules)} layers, "
+                "which is not supported"
+            )
         targets.append(linear)
         for side, leaf, shape in (
             ("A", "lora_a", (kernel.shape[-2], adapter.rank)),
@@ -121,22 +126,33 @@ def leaves(adapter: Adapter, rules: list[Rule], spellings: tuple[tuple[str, str]
             parts = [found.pop((module, side), None) for module in modules]
             for module, part in zip(modules, parts):
                 if part is None or part.shape[::-1] != shape:
+                    found_shape = "missing" if part is None else list(part.shape)
                     raise UserError(
-                        f"{adapter.directory}: lora_{side} of {module} is {part and list(part.shape)}, not {list(shape[::-1])}"
+                        f"{adapter.directory}: lora_{side} of {module} is {found_shape}, not {list(shape[::-1])}"
                     )
             rows = [np.asarray(part.read().T, np.float32) for part in parts if part is not None]
             value = np.stack(rows) if "{i}" in template else rows[0]
             made[f"{linear}/adapters/{adapter.config.name}/{leaf}"] = jax.device_put(value)
     strange += [tensor.name for tensor in found.values()]
     if strange:
-        raise UserError(f"{adapter.directory} holds tensors that fit no linear layer of its base: {', '.join(sorted(strange)[:20])}")
+        raise UserError(
+            f"{adapter.directory} holds tensors that fit no linear layer of its base: {', '.join(sorted(strange)[:20])}"
+        )
     return dataclasses.replace(adapter.config, targets=tuple(targets)), tree.unflatten(made)
 
 
 def write(
-    params: Params, config: LoraConfig, rules: list[Rule], family: Family, directory: str | Path, *, base: str = "", dtype: Any = None
+    params: Params,
+    config: LoraConfig,
+    rules: list[Rule],
+    family: Family,
+    directory: str | Path,
+    *,
+    base: str = "",
+    dtype: Any = None,
 ) -> None:
-    """The adapter `config.name` among the leaves of `params`, as a directory that peft loads on the family's transformers class.
+    """The adapter `config.name` among the leaves of `params`, as a directory that peft loads on the family's
+    transformers class.
 
     Raises UserError for an adapted Linear that has no module of its own there.
     """
@@ -147,7 +163,8 @@ def write(
     adapted = [path.removesuffix(end) for path in flat if path.endswith(end)]
     homeless = [path for path in adapted if path not in templates]
     if homeless or not adapted:
-        raise UserError(f"adapter {config.name!r}: no module in the published layout for {', '.join(homeless) or 'any of its leaves'}")
+        lost = ", ".join(homeless) or "any of its leaves"
+        raise UserError(f"adapter {config.name!r}: no module in the published layout for {lost}")
     made, patterns = [], []
     for path in adapted:
         module = f"{templates[path]}.weight"

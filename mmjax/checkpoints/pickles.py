@@ -1,7 +1,8 @@
 """Tensors from files of torch.save (`.bin`, `.pt`, `.pth`) without torch and without trusting them.
 
-Such a file is a zip archive: `data.pkl`, a pickle that describes the tensors, and one raw file a storage. A pickle may call any
-function it names, so this reader knows a handful of names that describe tensors and refuses every other one.
+Such a file is a zip archive: `data.pkl`, a pickle that describes the tensors, and one raw file a storage. A pickle
+may call any function it names, so this reader knows a handful of names that describe tensors and refuses every other
+one.
 """
 
 from __future__ import annotations
@@ -89,8 +90,8 @@ def _read_file(path: Path) -> dict[str, Stored]:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, zipfile.BadZipFile, ValueError) as error:
         raise UserError(
-            f"{path} is not a file of torch.save in its zip format ({error}). Files older than torch 1.6, and damaged ones, "
-            "cannot be read; load it in torch and save its tensors as safetensors."
+            f"{path} is not a file of torch.save in its zip format ({error}). Files older than torch 1.6, and damaged "
+            "ones, cannot be read; load it in torch and save its tensors as safetensors."
         ) from error
 
     def storage(kind: _Kind, key: str, count: int) -> _Storage:

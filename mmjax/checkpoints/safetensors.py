@@ -79,13 +79,17 @@ def read(path: str | Path) -> dict[str, Stored]:
     for shard in sorted(set(index.values())):
         for stored in _read_file(path.parent / shard):
             if stored.name in found:
-                raise UserError(f"{path.parent}: tensor {stored.name} is in both {found[stored.name].file.name} and {shard}")
+                raise UserError(
+                    f"{path.parent}: tensor {stored.name} is in both {found[stored.name].file.name} and {shard}"
+                )
             found[stored.name] = stored
     check_index(path, index, found)
     return found
 
 
-def write(tensors: Iterable[Tensor], directory: str | Path, *, stem: str = "model", shard_bytes: int = 5_000_000_000) -> None:
+def write(
+    tensors: Iterable[Tensor], directory: str | Path, *, stem: str = "model", shard_bytes: int = 5_000_000_000
+) -> None:
     """`stem`.safetensors, or numbered shards of at most `shard_bytes` and their index, as transformers writes them.
 
     Each file appears under its own name only when it is complete.
@@ -135,7 +139,9 @@ def write_file(tensors: list[Tensor], path: Path) -> None:
         for tensor in tensors:
             array = np.asarray(tensor.make(), order="C")
             if array.shape != tensor.shape or array.dtype != tensor.dtype:
-                raise ValueError(f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, made {array.shape} {array.dtype}")
+                raise ValueError(
+                    f"{tensor.name}: announced {tensor.shape} {tensor.dtype}, made {array.shape} {array.dtype}"
+                )
             file.write(array.reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
@@ -153,7 +159,9 @@ def read_index(path: Path) -> dict[str, str]:
         raise UserError(f"{path} names shards outside its own folder: {', '.join(sorted(strange))}")
     absent = sorted(shard for shard in set(index.values()) if not (path.parent / shard).is_file())
     if absent:
-        raise UserError(f"{path.parent} lacks {len(absent)} of its shards: {', '.join(absent)}. Copy or download them again.")
+        raise UserError(
+            f"{path.parent} lacks {len(absent)} of its shards: {', '.join(absent)}. Copy or download them again."
+        )
     return index
 
 

@@ -19,7 +19,9 @@ NAMES = (
 
 
 def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
-    """The tensors of a weight file, or of the first of `names` that a directory has. Nothing is read yet but the headers."""
+    """The tensors of a weight file, or of the first of `names` that a directory has. Nothing is read yet but the
+    headers.
+    """
     path = Path(path)
     if path.is_dir():
         present = [path / name for name in names if (path / name).is_file()]

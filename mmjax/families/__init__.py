@@ -1,4 +1,7 @@
-"""One file for each published checkpoint family: its config, its tensor names and its inputs and outputs, each read both ways."""
+"""One file for each published checkpoint family: its config, its tensor names and its inputs and outputs, each read
+both
+ways.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""CLIP (arXiv 2103.00020) in transformers' layout: two towers and a scale. LLaVA's vision tower is published inside of it."""
+"""CLIP (arXiv 2103.00020) in transformers' layout: two towers and a scale. LLaVA's vision tower is published inside of
+it.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The project's own layout, for what no published one can hold: `model_type` mmjax.
 
-The parts keep their published configs and tensor names, below `text_config` / `language_model.` and `vision_config` / `vision_tower.`; the
-connector is ours. Inputs and outputs are those of transformers' llava.
+The parts keep their published configs and tensor names, below `text_config` / `language_model.` and `vision_config` /
+`vision_tower.`; the connector is ours. Inputs and outputs are those of transformers' llava.
 """
 
 from __future__ import annotations
@@ -69,7 +69,11 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
     if config.kind == "residual_mlp":
         halves = [f"{half}/{name}" for half in ("first", "second") for name in ("up", "down")]
-        table = [r for path in halves for r in linear(f"connector.{path.replace('/', '.')}", f"connector/{path}", config.bias)]
+        table = [
+            r
+            for path in halves
+            for r in linear(f"connector.{path.replace('/', '.')}", f"connector/{path}", config.bias)
+        ]
         return table + norm("connector.norm", "connector/norm")
     names = [f"layers_{i}" for i in range(len(connectors.widths(config)))]
     return [r for name in names for r in linear(f"connector.{name}", f"connector/{name}", config.bias)]

@@ -22,18 +22,24 @@ class Family:
     """A family's configuration, key table and names of inputs and outputs.
 
     model_types    values of config.json's `hf_model_type` or `model_type`
-    read_config    (config.json, its name in errors) -> shapes. Raises UserError naming a field that is missing or not supported
+    read_config    (config.json, its name in errors) -> shapes. Raises UserError naming a field that is missing or not
+                   supported
     write_config   (shapes, the config.json that they were read from or {}) -> config.json
     rules          (shapes, config.json) -> the key table
     inputs         names that `model(inputs)` takes
-    outputs        (params, shapes, config.json, inputs, execution, whether all hidden states are wanted) -> arrays by foreign name
-    prompt         (shapes, config.json, inputs) -> the batch of prompts to be continued; None = the family generates nothing
-    spellings      other spellings of foreign tensor names: (regular expression, replacement), applied in order on reading
+    outputs        (params, shapes, config.json, inputs, execution, whether all hidden states are wanted) -> arrays by
+                   foreign name
+    prompt         (shapes, config.json, inputs) -> the batch of prompts to be continued; None = the family generates
+                   nothing
+    spellings      other spellings of foreign tensor names: (regular expression, replacement), applied in order on
+                   reading
     copies         foreign tensors that may be stored although they are tied to others: name -> original
     unused         regular expressions of foreign tensors that are not weights
-    external       config.json -> parts of the model whose weights may be published elsewhere: "vision" -> a directory or repository id
+    external       config.json -> parts of the model whose weights may be published elsewhere: "vision" -> a directory
+                   or repository id
     unneeded       globs of our leaves that the family has no place for because it never uses them
-    modules        (regular expression, replacement) from the table's names to those of the modules in memory, which PEFT files use
+    modules        (regular expression, replacement) from the table's names to those of the modules in memory, which
+                   PEFT files use
     """
 
     model_types: tuple[str, ...]

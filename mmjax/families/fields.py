@@ -1,4 +1,4 @@
-"""Reading a foreign configuration: a field that would change the result and is not supported is an error that names it."""
+"""Reading a foreign configuration: a field that changes the result and is not supported is an error that names it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ class Fields:
     def only(self, name: str, *allowed: Any) -> None:
         """Raises UserError where the field is present with another value."""
         if name in self.values and self.values[name] not in (None, *allowed):
-            raise UserError(f"{self.where}: {name} = {self.values[name]!r} is not supported (only {', '.join(map(repr, allowed))})")
+            raise UserError(
+                f"{self.where}: {name} = {self.values[name]!r} is not supported (only {', '.join(map(repr, allowed))})"
+            )
 
     def square(self, name: str, default: int) -> int:
         """A size in pixels, given as one number or as two equal ones."""

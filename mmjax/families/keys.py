@@ -1,7 +1,7 @@
 """Key tables: one list of rules between foreign tensors and our leaves, read in both directions.
 
-A rule names a foreign tensor and the leaf (or leaves) that it holds. `{i}` in the name stands for the layer: such tensors are
-the rows of one stacked leaf. `load` fills leaves from files, `tensors` makes foreign tensors from leaves.
+A rule names a foreign tensor and the leaf (or leaves) that it holds. `{i}` in the name stands for the layer: such
+tensors are the rows of one stacked leaf. `load` fills leaves from files, `tensors` makes foreign tensors from leaves.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Change = Callable[[str, int | None, np.ndarray], np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """How a foreign tensor is laid out: its shape from ours, and the array in both directions (views where possible)."""
+    """How a foreign tensor is laid out: its shape from ours, and the array both ways (views where possible)."""
 
     shape: Callable[[Shape], Shape]
     ours: Callable[[np.ndarray], np.ndarray]
@@ -46,7 +46,7 @@ counter = Form(lambda shape: (), lambda a: a, lambda a: a)
 
 
 def patches(channels: int) -> Form:
-    """A convolution over square patches: [out, channels, p, p]; ours [p * p * channels, out], rows in (row, column, channel) order."""
+    """A convolution over square patches: [out, channels, p, p]; ours [(row, column, channel), out]."""
 
     def side(pixels: int) -> int:
         return round((pixels // channels) ** 0.5)
@@ -60,7 +60,9 @@ def patches(channels: int) -> Form:
 
 def leading(ones: int) -> Form:
     """The same behind so many axes of size 1."""
-    return Form(lambda s: (1,) * ones + s, lambda a: a.reshape(a.shape[ones:]), lambda a: a.reshape((1,) * ones + a.shape))
+    return Form(
+        lambda s: (1,) * ones + s, lambda a: a.reshape(a.shape[ones:]), lambda a: a.reshape((1,) * ones + a.shape)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def prefixed(prefix: str, rules: Iterable[Rule]) -> list[Rule]:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Where one row of one leaf is (or all of it, where it is not stacked): rows `start:stop` of the foreign tensor `name`."""
+    """Where one row of a leaf is (or all of it, if it is not stacked): rows `start:stop` of a foreign tensor."""
 
     name: str
     stacked: bool
@@ -137,8 +139,8 @@ def load(
 ) -> Params:
     """The leaves that the rules name, filled from the stored tensors.
 
-    Leaves are made one at a time, the largest first while memory is emptiest, each filled in place row by row and handed straight to its
-    devices; with shardings (a tree like `shapes`), each device's part is read on its own.
+    Leaves are made one at a time, the largest first while memory is emptiest, each filled in place row by row and
+    handed straight to its devices; with shardings (a tree like `shapes`), each device's part is read on its own.
 
     copies    foreign names that may be stored as well, as copies of others (tied weights); they must be equal
     unused    regular expressions of foreign names that carry nothing (buffers)
@@ -165,7 +167,9 @@ def check(
 ) -> None:
     """Raises UserError unless the stored tensors are exactly those that the rules need, in the right shapes."""
     needed = {piece.name: piece.shape for row in _pieces(rules, tree.flatten(shapes)).values() for piece in row}
-    silent = [re.compile(pattern) for pattern in (*unused, *(re.escape(r.name) + "$" for r in rules if r.form is counter))]
+    silent = [
+        re.compile(pattern) for pattern in (*unused, *(re.escape(r.name) + "$" for r in rules if r.form is counter))
+    ]
     missing = sorted(name for name in needed if name not in stored)
     extra = sorted(
         tensor.name
@@ -196,7 +200,9 @@ def check(
         raise UserError("\n".join([f"the weights {f'in {where} ' if where else ''}do not fit the config:", *problems]))
 
 
-def tensors(params: Params, rules: list[Rule], dtype: Any = None, change: Change = lambda path, i, row: row) -> list[Tensor]:
+def tensors(
+    params: Params, rules: list[Rule], dtype: Any = None, change: Change = lambda path, i, row: row
+) -> list[Tensor]:
     """The foreign tensors of these leaves, made one at a time when they are written; in `dtype`, or as they are held.
 
     Raises ValueError for a leaf that no rule names: nothing may be left out of a file silently.

@@ -1,8 +1,9 @@
 """Inputs and outputs of language models as transformers names them.
 
-Inputs: `input_ids` [rows, length], `attention_mask` (1 = real), `position_ids`, `labels` (-100 = not predicted; shifted inside).
-Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, and `hidden_states_i` on request (0 = the
-embeddings, the last one after the final norm). What stands at padded positions means nothing.
+Inputs: `input_ids` [rows, length], `attention_mask` (1 = real), `position_ids`, `labels` (-100 = not predicted;
+shifted inside). Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, and
+`hidden_states_i` on request (0 = the embeddings, the last one after the final norm). What stands at padded positions
+means nothing.
 """
 
 from __future__ import annotations
@@ -70,10 +71,13 @@ def _targets(labels: np.ndarray | None) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run", "states"))
-def run_language(params: Params, batch: Batch, *, config: ModelConfig, run: Execution, states: bool) -> dict[str, jax.Array]:
-    """All outputs of the LLM for a batch, and of the encoder and connector where there are images:
-    `image_features` [images, positions, width] for each feature layer, as the encoder gives them (class token included), and
-    `connector_output` [images, tokens, LLM width]."""
+def run_language(
+    params: Params, batch: Batch, *, config: ModelConfig, run: Execution, states: bool
+) -> dict[str, jax.Array]:
+    """All outputs of the LLM for a batch, and of the encoder and connector where there are images: `image_features`
+    [images, positions, width] for each feature layer, as the encoder gives them (class token included), and
+    `connector_output` [images, tokens, LLM width].
+    """
     assert config.llm is not None and batch.segments is not None and batch.positions is not None
     found: dict[str, jax.Array] = {}
     if batch.images is not None:
@@ -82,7 +86,9 @@ def run_language(params: Params, batch: Batch, *, config: ModelConfig, run: Exec
         names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
         found.update(zip(names, features))
         batch = dataclasses.replace(batch, images=None, features=connected[None])
-        found["connector_output"] = connectors.connect(params["connector"], config.connector, connected, config.adapters)
+        found["connector_output"] = connectors.connect(
+            params["connector"], config.connector, connected, config.adapters
+        )
     embedded = multimodal.embed(params, config, batch, run)
     decoded = decoder.decode(
         params["llm"],

@@ -1,4 +1,6 @@
-"""Llama (arXiv 2302.13971, 2307.09288, 2407.21783) in transformers' layout. Mistral and Qwen2 are settings of the same decoder."""
+"""Llama (arXiv 2302.13971, 2307.09288, 2407.21783) in transformers' layout. Mistral and Qwen2 are settings of the same
+decoder.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,15 @@ from mmjax.families.rope import read_rope, write_rope
 from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
 
 
-def read_decoder(fields: Fields, *, qkv_bias: bool, output_bias: bool, mlp_bias: bool = False, windows: tuple[int, ...] = (0,), **defaults: Any) -> DecoderConfig:
+def read_decoder(
+    fields: Fields,
+    *,
+    qkv_bias: bool,
+    output_bias: bool,
+    mlp_bias: bool = False,
+    windows: tuple[int, ...] = (0,),
+    **defaults: Any,
+) -> DecoderConfig:
     """The gated, RMS-normed decoder that the fields describe; `defaults` are the family's own for absent fields."""
     fields.only("quantization_config")
     fields.only("pretraining_tp", 1)  # any other value splits the products and rounds differently
@@ -26,8 +36,8 @@ def read_decoder(fields: Fields, *, qkv_bias: bool, output_bias: bool, mlp_bias:
     head_dim = fields.get("head_dim", width // heads)
     if width % heads or heads % kv_heads or head_dim % 2:
         raise UserError(
-            f"{fields.where}: {heads} attention heads of {head_dim} channels with {kv_heads} for keys do not divide hidden_size = {width} "
-            "as they must (heads divide it, key heads divide heads, channels are even)"
+            f"{fields.where}: hidden_size = {width} with {heads} attention heads of {head_dim} channels and {kv_heads} "
+            "key heads: heads must divide hidden_size, key heads must divide heads, and channels must be even"
         )
     return DecoderConfig(
         vocab_size=get("vocab_size"),
@@ -128,4 +138,3 @@ FAMILY = Family(
     prompt=language.prompt,
     copies=copies,
 )
-

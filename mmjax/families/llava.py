@@ -1,6 +1,7 @@
 """LLaVA (arXiv 2304.08485, 2310.03744) in transformers' layout: a vision tower, a two-layer MLP, a language model.
 
-`input_ids` hold as many placeholders for an image as it has tokens; the images of all rows stand one after another in `pixel_values`.
+`input_ids` hold as many placeholders for an image as it has tokens; the images of all rows stand one after another in
+`pixel_values`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ def _read(config: Config, where: str) -> ModelConfig:
     tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
     assert llm is not None and tower.vision is not None
     if llm.head_bias:
-        raise UserError(f"{where}: text_config: a {text['model_type']} has a bias on its head, which this layout cannot hold")
+        raise UserError(
+            f"{where}: text_config: a {text['model_type']} has a bias on its head, which this layout cannot hold"
+        )
     layers = fields.get("vision_feature_layer", -2)
     spec = FeatureSpec(
         layers=tuple(layers) if isinstance(layers, (list, tuple)) else (layers,),
@@ -69,11 +72,13 @@ def _class_token(config: ModelConfig) -> bool:
 def _keeps_class_token(fields: Fields, tower: ModelConfig) -> bool:
     strategy = fields.get("vision_feature_select_strategy", "default")
     if strategy not in ("default", "full"):
-        raise UserError(f"{fields.where}: vision_feature_select_strategy = {strategy!r} is not supported (only default, full)")
+        raise UserError(
+            f"{fields.where}: vision_feature_select_strategy = {strategy!r} is not supported (only default, full)"
+        )
     if strategy == "default" and not _class_token(tower):
         raise UserError(
-            f"{fields.where}: vision_feature_select_strategy = 'default' drops the first position, but this vision tower has no class "
-            "token: a patch would be lost. Set it to 'full'."
+            f"{fields.where}: vision_feature_select_strategy = 'default' drops the first position, but this vision "
+            "tower has no class token: a patch would be lost. Set it to 'full'."
         )
     return strategy == "full"
 
@@ -83,8 +88,8 @@ def expressible(config: ModelConfig) -> str:
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
-    if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width):
-        return "its connector is a two-layer MLP as wide as the language model"
+    if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width) or c.grid:
+        return "its connector is a two-layer MLP as wide as the language model, over every position"
     if config.features.post_norm:
         return "its connector reads the encoder's states before the last norm"
     if config.llm.head_bias:
@@ -143,10 +148,8 @@ def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     images = vision.pixels(inputs) if "pixel_values" in inputs else None
     needed = 0 if images is None else len(images) * config.tokens_per_tile
     if found != needed:
-        raise UserError(
-            f"input_ids hold {found} image tokens, but {0 if images is None else len(images)} images of {config.tokens_per_tile} tokens "
-            f"are given"
-        )
+        given = f"{0 if images is None else len(images)} images of {config.tokens_per_tile} tokens"
+        raise UserError(f"input_ids hold {found} image tokens, but {given} are given")
     return with_images(rows, images)
 
 
@@ -158,7 +161,9 @@ def with_images(rows: Batch, images: np.ndarray | None) -> Batch:
     return Batch(**fields)
 
 
-def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict[str, jax.Array]:
+def _outputs(
+    params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
+) -> dict[str, jax.Array]:
     found = language.run_language(params, batch(config, foreign, inputs), config=config, run=run, states=states)
     if "connector_output" in found:
         connected = found["connector_output"]

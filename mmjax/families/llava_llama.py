@@ -1,7 +1,7 @@
 """LLaVA in its authors' own layout (github.com/haotian-liu/LLaVA): `model_type` llava_llama or llava_mistral.
 
-`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order, one also by every row without any.
-The vision tower is often published apart: the config names it in `mm_vision_tower`.
+`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order, one also by every
+row without any. The vision tower is often published apart: the config names it in `mm_vision_tower`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def _read(config: Config, where: str) -> ModelConfig:
     fields.only("s2", False)
     fields.only("mm_resampler_type")
     if str(fields.get("image_aspect_ratio", "")).startswith("anyres"):
-        raise UserError(f"{where}: image_aspect_ratio = {config['image_aspect_ratio']!r} is not supported (only pad, square)")
+        raise UserError(
+            f"{where}: image_aspect_ratio = {config['image_aspect_ratio']!r} is not supported (only pad, square)"
+        )
     text = text_config(config)
     llm = parts.language(text, where).read_config(text, where).llm
     image = vision_config(config, where)
@@ -55,7 +57,9 @@ def _read(config: Config, where: str) -> ModelConfig:
         raise UserError(f"{where}: mm_vision_select_feature = {select!r} is not supported (only patch, cls_patch)")
     keeps = select == "cls_patch"
     if fields.get("mm_hidden_size", tower.vision.feature_width) != tower.vision.feature_width:
-        raise UserError(f"{where}: mm_hidden_size is {config['mm_hidden_size']}, the vision tower's is {tower.vision.feature_width}")
+        raise UserError(
+            f"{where}: mm_hidden_size is {config['mm_hidden_size']}, the vision tower's is {tower.vision.feature_width}"
+        )
     kind, depth = projector(fields.get("mm_projector_type", "linear"), where)
     return ModelConfig(
         llm=llm,
@@ -86,7 +90,9 @@ def projector(name: str, where: str) -> tuple[str, int]:
 def vision_config(config: Config, where: str) -> Config:
     """The tower's config. `mmjax.published.complete` puts it where the file leaves it out."""
     if not config.get("vision_config"):
-        raise UserError(f"{where} has no vision_config, and the tower that it names ({config.get('mm_vision_tower')}) was not found")
+        raise UserError(
+            f"{where} has no vision_config, and the tower that it names ({config.get('mm_vision_tower')}) was not found"
+        )
     return {"model_type": "clip_vision_model", **config["vision_config"]}
 
 
@@ -95,7 +101,13 @@ def expressible(config: ModelConfig) -> str:
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
-    if c.kind not in ("linear", "mlp", "identity") or c.hidden_width not in (0, c.out_width) or not c.bias or c.activation != "gelu":
+    if (
+        c.kind not in ("linear", "mlp", "identity")
+        or c.hidden_width not in (0, c.out_width)
+        or not c.bias
+        or c.activation != "gelu"
+        or c.grid
+    ):
         return "its connector is linear, the identity or mlpNx_gelu, as wide as the language model and with biases"
     if config.features.post_norm or len(config.features.layers) != 1:
         return "its connector reads one of the encoder's states, before the last norm"
@@ -149,7 +161,8 @@ def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
 def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch, np.ndarray]:
     """The batch with every -200 replaced by its image's tokens, and its labels [rows, length].
 
-    Rows are cut to `tokenizer_model_max_length` and padded on `tokenizer_padding_side`. Raises UserError where images and ids do not agree.
+    Rows are cut to `tokenizer_model_max_length` and padded on `tokenizer_padding_side`. Raises UserError where images
+    and ids do not agree.
     """
     if "input_ids" not in inputs:
         raise UserError("input_ids are missing")
@@ -196,7 +209,9 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     return llava.with_images(text, images), spliced_labels
 
 
-def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict[str, Any]:
+def _outputs(
+    params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
+) -> dict[str, Any]:
     rows, labels = splice(config, foreign, inputs)
     found: dict[str, Any] = language.run_language(params, rows, config=config, run=run, states=states)
     assert isinstance(config.vision, ViTConfig)
@@ -222,7 +237,9 @@ FAMILY = Family(
         (r"^model\.vision_tower\.vision_tower\." + llava.TOWER, "model.vision_tower.vision_tower.vision_model."),
         (r"^mm_projector\.", "model.mm_projector."),
     ),
-    copies=lambda config: {"lm_head.weight": "model.embed_tokens.weight"} if config.llm and config.llm.tied_head else {},
+    copies=lambda config: (
+        {"lm_head.weight": "model.embed_tokens.weight"} if config.llm and config.llm.tied_head else {}
+    ),
     external=lambda config: {"vision": config["mm_vision_tower"]} if config.get("mm_vision_tower") else {},
     unneeded=("vision/head/**", "vision/projection/**"),
 )

@@ -1,4 +1,6 @@
-"""Phi-1.5 and Phi-2 (arXiv 2309.05463) in transformers' layout: parallel blocks, part of each head rotated, biases everywhere."""
+"""Phi-1.5 and Phi-2 (arXiv 2309.05463) in transformers' layout: parallel blocks, part of each head rotated, biases
+everywhere.
+"""
 
 from __future__ import annotations
 

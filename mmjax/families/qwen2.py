@@ -23,11 +23,15 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 
 def _windows(fields: Fields) -> tuple[int, ...]:
-    """One window for each layer, as short as its period: layers from `max_window_layers` on have one, if windows are in use at all."""
+    """One window for each layer, as short as its period: layers from `max_window_layers` on have one, if windows are in
+    use at all.
+    """
     layers = fields.need("num_hidden_layers")
     window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else 0
     first = fields.get("max_window_layers", 28)
-    kinds = fields.get("layer_types") or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    kinds = fields.get("layer_types") or [
+        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+    ]
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown or len(kinds) != layers:
         raise UserError(f"{fields.where}: layer_types = {kinds!r} is not supported")

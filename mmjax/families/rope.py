@@ -1,4 +1,6 @@
-"""Rotary embeddings in a foreign configuration, in both spellings: `rope_parameters`, and the older `rope_theta` with `rope_scaling`."""
+"""Rotary embeddings in a foreign configuration, in both spellings: `rope_parameters`, and the older `rope_theta` with
+`rope_scaling`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ THETA = 10000.0  # where a config says nothing
 
 
 def read_rope(fields: Fields, *, fraction: float = 1.0, partial: bool = False) -> Rope:
-    """The rope of a config; `fraction` is the family's own default for `partial_rotary_factor`, which only `partial` families may set.
+    """The rope of a config; `fraction` is the family's own default for `partial_rotary_factor`, which only `partial`
+    families may set.
 
     Raises UserError for a kind that is not supported (yarn, dynamic, longrope, ...).
     """
@@ -21,7 +24,9 @@ def read_rope(fields: Fields, *, fraction: float = 1.0, partial: bool = False) -
     kind = found.get("rope_type", found.get("type", "default"))
     rotated = found.get("partial_rotary_factor", fields.get("partial_rotary_factor", fraction))
     if not partial and rotated != 1.0:
-        raise UserError(f"{fields.where}: partial_rotary_factor = {rotated} is not supported for {fields.get('model_type')}")
+        raise UserError(
+            f"{fields.where}: partial_rotary_factor = {rotated} is not supported for {fields.get('model_type')}"
+        )
     settings: dict[str, Any] = {
         "theta": float(found.get("rope_theta", fields.get("rope_theta", THETA))),
         "fraction": float(rotated),

@@ -12,7 +12,9 @@ from mmjax.models.config import ModelConfig, TextTowerConfig, ViTConfig
 
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
-    tower = siglip_vision.read_tower(Fields(fields.part("vision_config", "siglip_vision_model"), f"{where}: vision_config"))
+    tower = siglip_vision.read_tower(
+        Fields(fields.part("vision_config", "siglip_vision_model"), f"{where}: vision_config")
+    )
     text = Fields(fields.part("text_config", "siglip_text_model"), f"{where}: text_config")
     block = read_block(text, 768, 12, 3072, "gelu_pytorch_tanh", 1e-6)
     return ModelConfig(

@@ -1,8 +1,8 @@
 """Inputs and outputs of vision towers, and of two-tower models, as transformers names them.
 
-Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, `pooler_output` and `image_embeds`
-where the tower has them, and `hidden_states_i` on request. Two towers: also `input_ids`; outputs of one tower bear its name,
-and a tower's `pooler_output` is then its embedding before it is normalised.
+Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, `pooler_output` and
+`image_embeds` where the tower has them, and `hidden_states_i` on request. Two towers: also `input_ids`; outputs of
+one tower bear its name, and a tower's `pooler_output` is then its embedding before it is normalised.
 """
 
 from __future__ import annotations
@@ -86,5 +86,5 @@ def _two_tower(
 
 
 def last_state(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
-    """transformers' last_hidden_state: CLIP's post-norm is for its class token alone, other towers' for all positions."""
+    """transformers' last_hidden_state: CLIP's post-norm is for the class token alone, others' for all positions."""
     return state if config.pooling == "class_token" else vit.post_norm(params, config, state)

@@ -56,7 +56,10 @@ def test_an_adapter_of_peft_is_read(adapted):
 def test_an_adapter_of_ours_is_read_by_peft(adapted, tmp_path):
     _, _, ours = adapted
     flat = tree.flatten(ours.params)
-    drawn = {p: jax.random.normal(jax.random.key(i), a.shape) * 0.2 if "/lora_" in p else a for i, (p, a) in enumerate(flat.items())}
+    drawn = {
+        p: jax.random.normal(jax.random.key(i), a.shape) * 0.2 if "/lora_" in p else a
+        for i, (p, a) in enumerate(flat.items())
+    }
     import dataclasses
 
     ours = dataclasses.replace(ours, params=tree.unflatten(drawn))
@@ -95,7 +98,9 @@ def test_tensors_that_fit_nothing_are_listed(adapted, tmp_path):
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(adapted[1] / "adapter_model.safetensors")
-    save_file({**tensors, "base_model.model.nowhere.lora_A.weight": torch.zeros(3, 2)}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {**tensors, "base_model.model.nowhere.lora_A.weight": torch.zeros(3, 2)}, tmp_path / "adapter_model.safetensors"
+    )
     (tmp_path / "adapter_config.json").write_text((adapted[1] / "adapter_config.json").read_text())
     with pytest.raises(UserError, match="fit no linear layer of its base: base_model.model.nowhere"):
         mmjax.load(tmp_path)

@@ -46,7 +46,10 @@ def test_shards_and_their_index(tmp_path):
     safetensors.write([tensor(name, array) for name, array in ARRAYS.items()], tmp_path, shard_bytes=60)
     names = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert names == [f"model-{k:05d}-of-00002.safetensors" for k in (1, 2)]
-    assert json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"] == 48 + 12 + 2 + 40
+    assert (
+        json.loads((tmp_path / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        == 48 + 12 + 2 + 40
+    )
     assert_same(weights.read(tmp_path))
 
 
@@ -98,7 +101,8 @@ def test_a_truncated_file_is_refused(written, keep):
 
 
 def test_a_name_that_occurs_twice_is_refused(tmp_path):
-    header = b'{"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}, "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}'
+    entry = b'"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}'
+    header = b"{" + entry + b", " + entry + b"}"
     (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     with pytest.raises(UserError, match="occur twice: a"):
         weights.read(tmp_path)

@@ -48,7 +48,9 @@ def test_patches_are_rows_columns_channels():
 
 def test_stacked_fused_and_transposed_leaves_round_trip():
     rng = np.random.default_rng(0)
-    arrays = {f"layer.{i}.qkv": rng.standard_normal((8, 5)).astype(np.float32) for i in range(3)} | {"e": np.ones(4, np.float32)}
+    arrays = {f"layer.{i}.qkv": rng.standard_normal((8, 5)).astype(np.float32) for i in range(3)} | {
+        "e": np.ones(4, np.float32)
+    }
     rules = [rule("layer.{i}.qkv", "l/q", "l/k", "l/v", form=keys.transposed), rule("e", "e")]
     shapes = {
         "l": {"q": np.zeros((3, 5, 4)), "k": np.zeros((3, 5, 2)), "v": np.zeros((3, 5, 2))},
@@ -119,7 +121,11 @@ def test_the_host_never_holds_a_second_copy(tmp_path):
         safetensors.write(keys.tensors(params, FAMILY.rules(model, {})), tmp_path / name)
     sizes = sorted(leaf.size * 4 // 1024 for leaf in shapes.values())
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(LOAD), str(tmp_path)], capture_output=True, text=True, check=True, env=_environment()
+        [sys.executable, "-c", textwrap.dedent(LOAD), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=_environment(),
     )
     before, peak = map(int, done.stdout.split())
     assert sum(sizes) > 150_000  # KiB

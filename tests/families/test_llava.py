@@ -49,7 +49,10 @@ def test_greedy_ids_equal_transformers(pair):
     theirs, _, ours = pair
     given = tiny_llava.inputs(TOKENS)
     prompt = {name: value for name, value in given.items() if name != "labels"}
-    assert ours.generate(prompt, max_new_tokens=32, ignore_eos=True).tolist() == tiny_llava.greedy(theirs, given, 32).tolist()
+    assert (
+        ours.generate(prompt, max_new_tokens=32, ignore_eos=True).tolist()
+        == tiny_llava.greedy(theirs, given, 32).tolist()
+    )
 
 
 def test_written_model_is_bit_identical_in_transformers(pair, tmp_path):
@@ -81,7 +84,9 @@ def spelled(name: str, prefixed: bool, nested: bool) -> str:
 def test_four_spellings_load_alike(pair, tmp_path, prefixed, nested):
     _, directory, ours = pair
     tensors = safetensors_torch.load_file(directory / "model.safetensors")
-    safetensors_torch.save_file({spelled(name, prefixed, nested): value for name, value in tensors.items()}, tmp_path / "model.safetensors")
+    safetensors_torch.save_file(
+        {spelled(name, prefixed, nested): value for name, value in tensors.items()}, tmp_path / "model.safetensors"
+    )
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     from mmjax import tree
 
@@ -144,7 +149,14 @@ def test_unknown_input_is_an_error_with_the_nearest_name(pair):
 
 
 def test_several_feature_layers_and_tied_head(tmp_path):
-    theirs = tiny_llava.model(CLIP, 4, layer=[-3, -1], strategy="full", tie_word_embeddings=True, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    theirs = tiny_llava.model(
+        CLIP,
+        4,
+        layer=[-3, -1],
+        strategy="full",
+        tie_word_embeddings=True,
+        rope_scaling={"rope_type": "linear", "factor": 2.0},
+    )
     theirs.save_pretrained(tmp_path)
     given = tiny_llava.inputs(TOKENS + 1, (2, 1))
     found = mmjax.load(tmp_path)(given)
@@ -169,7 +181,9 @@ def test_sharded_loading_equals_plain(pair):
     from mmjax.parallel.sharding import param_shardings
 
     _, directory, ours = pair
-    mesh = jax.make_mesh((1, 4, 2, 1, 1), ("data", "fsdp", "tensor", "sequence", "expert"), axis_types=(AxisType.Auto,) * 5)
+    mesh = jax.make_mesh(
+        (1, 4, 2, 1, 1), ("data", "fsdp", "tensor", "sequence", "expert"), axis_types=(AxisType.Auto,) * 5
+    )
     places = param_shardings(multimodal.shapes(ours.config), mesh)
     sharded = tree.flatten(load(directory, shardings=places).params)
     kernel = sharded["llm/layers/attention/query/kernel"]

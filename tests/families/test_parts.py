@@ -24,7 +24,13 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 LANGUAGE = {
     "llama": (hf.LlamaConfig, {"attention_bias": True, "mlp_bias": True, "head_dim": 12}),
     "llama, linear rope": (hf.LlamaConfig, {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 5000.0}),
@@ -66,8 +72,22 @@ def test_language_models(name, tmp_path):
     assert np.array_equal(same, reference)
 
 
-TOWER = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 30, "patch_size": 14}
-TEXT = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50, "max_position_embeddings": 12}
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 30,
+    "patch_size": 14,
+}
+TEXT = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "vocab_size": 50,
+    "max_position_embeddings": 12,
+}
 TOWERS = {
     "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**TOWER)),
     "clip with projection": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**TOWER, projection_dim=20)),
@@ -100,7 +120,9 @@ def test_vision_towers(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
 def test_two_towers(kind, tmp_path):
-    config = getattr(hf, f"{kind}Config")(text_config={**TEXT, "eos_token_id": 49}, vision_config=TOWER, projection_dim=16)
+    config = getattr(hf, f"{kind}Config")(
+        text_config={**TEXT, "eos_token_id": 49}, vision_config=TOWER, projection_dim=16
+    )
     config.vision_config.hidden_size = 16
     theirs = randomised(getattr(hf, f"{kind}Model")(config))
     theirs.save_pretrained(tmp_path)

@@ -11,8 +11,17 @@ SIDE = 28
 CLIP, SIGLIP = "clip", "siglip"
 
 
-def model(tower: str, kv_heads: int, *, layer: int | list[int] = -2, strategy: str = "full", **text) -> LlavaForConditionalGeneration:
-    common = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 14}
+def model(
+    tower: str, kv_heads: int, *, layer: int | list[int] = -2, strategy: str = "full", **text
+) -> LlavaForConditionalGeneration:
+    common = {
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": SIDE,
+        "patch_size": 14,
+    }
     vision = CLIPVisionConfig(**common, projection_dim=16) if tower == CLIP else SiglipVisionConfig(**common)
     language = LlamaConfig(
         vocab_size=100,
@@ -39,7 +48,9 @@ def model(tower: str, kv_heads: int, *, layer: int | list[int] = -2, strategy: s
     return built
 
 
-def inputs(tokens_per_image: int, images_per_row: tuple[int, ...] = (1, 0, 3, 2), seed: int = 0) -> dict[str, np.ndarray]:
+def inputs(
+    tokens_per_image: int, images_per_row: tuple[int, ...] = (1, 0, 3, 2), seed: int = 0
+) -> dict[str, np.ndarray]:
     """Rows with so many images among text of different lengths, padded on the left."""
     rng = np.random.default_rng(seed)
     rows = []
