@@ -12,7 +12,6 @@ import mmjax
 from mmjax import config, tree
 from mmjax.errors import UserError
 from mmjax.jobs import train
-from mmjax.results import record
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -70,11 +69,8 @@ def recipe(tmp_path_factory) -> config.Recipe:
             template="plain",
             adapters={"tune": config.Lora(rank=2, targets=("llm/layers/attention/*",))},
         ),
-        stages={
-            "align": stage,
-            "tune": dataclasses.replace(stage, trainable=("connector/**", "llm/**/lora_*"), steps=2, epochs=0.0),
-        },
-        run=("align", "tune"),
+        stages={"align": dataclasses.replace(stage, trainable=("connector/**", "llm/**/lora_*"))},
+        run=("align",),
         loader=config.Loader(max_broken=0.2),
         logging=config.Logging(every=1, tensorboard=False),
     )
@@ -89,14 +85,14 @@ def workdir(recipe, tmp_path_factory):
 
 def test_the_workdir_describes_the_run(recipe, workdir):
     assert config.read_recipe(workdir) == recipe
-    for name in ("first_batch_align.png", "first_batch_tune.png", "losses.png", "README.md", "sharding.txt"):
+    for name in ("first_batch_align.png", "losses.png", "README.md", "sharding.txt"):
         assert (workdir / name).stat().st_size > 0, name
     results = json.loads((workdir / "results.json").read_text())
-    assert results["train_seconds"] > 0 and np.isfinite(results["loss_tune"]) and "validation_loss_align" in results
+    assert results["train_seconds"] > 0 and np.isfinite(results["loss_align"]) and "validation_loss_align" in results
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [
-        ("align", 1), ("align", 2), ("align", 3), ("tune", 1), ("tune", 2),
-    ]  # fmt: skip
+        ("align", step) for step in (1, 2, 3)
+    ]
     skipped = [json.loads(line) for line in (workdir / "skipped.jsonl").read_text().splitlines()]
     assert {line["id"] for line in skipped} == {"s5"}
 
@@ -115,7 +111,6 @@ def test_the_same_command_again_trains_nothing(recipe, workdir):
     assert (workdir / "metrics.jsonl").read_text() == before
     for path, leaf in tree.flatten(mmjax.load(workdir).params).items():
         np.testing.assert_array_equal(leaf, tree.flatten(params)[path])
-    record(workdir, {"again": 1.0})
 
 
 def test_another_recipe_is_refused_by_the_keys_that_differ(recipe, workdir):
@@ -131,7 +126,7 @@ def test_another_recipe_is_refused_by_the_keys_that_differ(recipe, workdir):
 
 
 def test_a_mask_that_matches_nothing_is_said_before_anything_is_compiled(recipe, tmp_path):
-    wrong = dataclasses.replace(recipe.stages["tune"], trainable=("connectors/**",))
-    with pytest.raises(UserError, match="stages.tune.trainable: 'connectors/\\*\\*' matches no parameter"):
-        train.run(dataclasses.replace(recipe, stages={**recipe.stages, "tune": wrong}), tmp_path)
+    wrong = dataclasses.replace(recipe.stages["align"], trainable=("connectors/**",))
+    with pytest.raises(UserError, match="stages.align.trainable: 'connectors/\\*\\*' matches no parameter"):
+        train.run(dataclasses.replace(recipe, stages={**recipe.stages, "align": wrong}), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
