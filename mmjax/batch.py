@@ -8,17 +8,15 @@ an index into that group's media tokens, tile after tile.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-import numpy as np
-
-Array = jax.Array | np.ndarray
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Fields that a use does not need are None.
+    """Arrays of numpy or jax. Fields that a use does not need are None.
 
     tokens      int32 [rows, length]   token ids; 0 at media positions and at padding
     segments    int32 [rows, length]   0 = padding; 1, 2, ... = the packed samples of the row
@@ -32,13 +30,13 @@ class Batch:
     classes     int32 [groups, tiles]  class of each tile (classification objective), -1 = none
     """
 
-    tokens: Array | None = None
-    segments: Array | None = None
-    positions: Array | None = None
-    media: Array | None = None
-    targets: Array | None = None
-    weights: Array | None = None
-    images: Array | None = None
-    features: Array | None = None
-    tiles: Array | None = None
-    classes: Array | None = None
+    tokens: Any = None
+    segments: Any = None
+    positions: Any = None
+    media: Any = None
+    targets: Any = None
+    weights: Any = None
+    images: Any = None
+    features: Any = None
+    tiles: Any = None
+    classes: Any = None

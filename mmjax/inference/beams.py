@@ -81,23 +81,14 @@ def beam_search(
 
         rows_from = (jnp.arange(rows)[:, None] * count + source).reshape(-1)
         cache = state.cache._replace(keys=state.cache.keys[:, rows_from], values=state.cache.values[:, rows_from])
-        x = decoder.embed(params["llm"], token[:, None], run)
-        out = decoder.decode(
-            params["llm"],
-            config.llm,
-            x,
-            segments=widen(segment)[:, None],
-            positions=state.position[:, None],
-            run=run,
-            adapters=config.adapters,
-            cache=cache,
+        next_logits, cache = multimodal.decode_token(
+            params, config, cache, token, state.position, widen(segment), run
         )
-        next_logits = multimodal.head(params, config, out.last[:, 0])
         reachable = live_scores[:, 0] / (state.step + 1.0) ** sampling.length_penalty
         worst = done_scores.min(1)
         open_ = state.open & ((worst <= WORST / 2) | (reachable > worst))
         return Beams(
-            state.step + 1, next_logits, out.cache, state.position + 1, live, live_scores, done, done_scores, open_
+            state.step + 1, next_logits, cache, state.position + 1, live, live_scores, done, done_scores, open_
         )
 
     wide = decoder.Cache(widen(cache.keys, 1), widen(cache.values, 1), widen(cache.segments), cache.next)

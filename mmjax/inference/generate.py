@@ -72,8 +72,6 @@ def generate(
 
     Raises ValueError when the model has no LLM, or for sampling together with beams.
     """
-    if config.llm is None:
-        raise ValueError("this model has no language model: there is nothing to generate with")
     batch = pad_prompt(batch)
     if sampling.num_beams > 1:
         if sampling.temperature:
@@ -121,28 +119,12 @@ def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, 
     """Logits of the first new token [rows, vocab], the filled cache, and the position and segment of that token [rows]."""
     rows, length = batch.tokens.shape
     x = multimodal.embed(params, config, batch, run)
-    cache = decoder.empty_cache(config.llm, rows, length + new, run.dtype)
+    cache = decoder.empty_cache(config.language, rows, length + new, run.dtype)
     out = decoder.decode(
-        params["llm"], config.llm, x, segments=batch.segments, positions=batch.positions, run=run, adapters=config.adapters, cache=cache
+        params["llm"], config.language, x, segments=batch.segments, positions=batch.positions, run=run, adapters=config.adapters, cache=cache
     )
     logits = multimodal.head(params, config, out.last[:, -1])
     return logits, out.cache, batch.positions[:, -1] + 1, batch.segments[:, -1]
-
-
-def decode_token(params: Params, config: ModelConfig, cache: decoder.Cache, token, position, segment, run: Execution):
-    """One token a row, int32 [rows], through the decoder: float32 logits [rows, vocab] of the next one, and the cache."""
-    x = decoder.embed(params["llm"], token[:, None], run)
-    out = decoder.decode(
-        params["llm"],
-        config.llm,
-        x,
-        segments=segment[:, None],
-        positions=position[:, None],
-        run=run,
-        adapters=config.adapters,
-        cache=cache,
-    )
-    return multimodal.head(params, config, out.last[:, 0]), out.cache
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "run", "return_scores"))
@@ -187,7 +169,9 @@ def _advance(params: Params, state: State, stop: jax.Array, config: ModelConfig,
         seen = state.seen
         if seen.shape[-1]:
             seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
-        logits, cache = decode_token(params, config, state.cache, token, state.position, state.segment, run)
+        logits, cache = multimodal.decode_token(
+            params, config, state.cache, token, state.position, state.segment, run
+        )
         tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
         return State(state.step + 1, logits, cache, state.position + 1, state.segment, finished, seen, tokens, scores)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +33,12 @@ class Mask:
 
     causal: bool = True
     window: int = 0
-    query_segments: jax.Array | None = None
-    key_segments: jax.Array | None = None
-    query_spans: jax.Array | None = None
-    key_spans: jax.Array | None = None
-    query_media: jax.Array | None = None
-    key_media: jax.Array | None = None
+    query_segments: Any = None
+    key_segments: Any = None
+    query_spans: Any = None
+    key_spans: Any = None
+    query_media: Any = None
+    key_media: Any = None
     last_media_only: bool = False
     offset: jax.Array | int = 0
     free_keys: int = 0
@@ -91,9 +92,9 @@ def attention(
     if backend == "cudnn":
         return _cudnn(query, key, value, allowed, bias, softcap, scale)
     if backend == "reference":
-        exact = [a.astype(jnp.float32) for a in (query, key, value)]
+        q, k, v = (a.astype(jnp.float32) for a in (query, key, value))
         with jax.default_matmul_precision("highest"):
-            return _einsum(*exact, allowed, bias, softcap, scale).astype(query.dtype)
+            return _einsum(q, k, v, allowed, bias, softcap, scale).astype(query.dtype)
     if backend not in ("auto", "xla"):
         raise ValueError(f"unknown attention backend {backend!r}; known: auto, reference, xla, cudnn")
     return _einsum(query, key, value, allowed, bias, softcap, scale)

@@ -239,6 +239,13 @@ class ModelConfig:
     image_std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     @property
+    def language(self) -> DecoderConfig:
+        """The LLM. Raises ValueError where there is none."""
+        if self.llm is None:
+            raise ValueError("this model has no language model")
+        return self.llm
+
+    @property
     def tokens_per_tile(self) -> int:
         return self.connector.tokens if self.connector else 0
 

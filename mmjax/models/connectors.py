@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.models.config import ConnectorConfig
-from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, fan_in_uniform
+from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_uniform
 
 Params = dict[str, Any]
 
@@ -52,9 +52,9 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
         )
     x = features
     if config.kind == "residual_mlp":
-        x = _mlp(config, adapters).apply({"params": params["first"]}, x)
-        x = Norm("layer", 1e-5).apply({"params": params["norm"]}, x)
-        return x + _mlp(config, adapters).apply({"params": params["second"]}, x)
+        x = apply(_mlp(config, adapters), params["first"], x)
+        x = apply(Norm("layer", 1e-5), params["norm"], x)
+        return x + apply(_mlp(config, adapters), params["second"], x)
     if config.kind == "pooled_mlp":
         x = x[..., 0, :]
     if config.kind == "concat":
@@ -62,7 +62,7 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
         x = x.reshape(*x.shape[:-2], config.tokens, config.group * config.in_width)
     layers = widths(config)
     for i, (_, outputs) in enumerate(layers):
-        x = Linear(outputs, config.bias, adapters).apply({"params": params[f"layers_{i}"]}, x)
+        x = apply(Linear(outputs, config.bias, adapters), params[f"layers_{i}"], x)
         if i + 1 < len(layers):
             x = ACTIVATIONS[config.activation](x)
     if config.kind == "pooled_mlp":

@@ -20,7 +20,7 @@ from mmjax.models import ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block
 from mmjax.models.config import DecoderConfig, Execution, LoraConfig
-from mmjax.models.layers import Norm, matmul
+from mmjax.models.layers import Norm, apply, matmul
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
 
@@ -98,7 +98,7 @@ def decode(
     period = len(config.windows)
     turn = rotation(config.block.rope, config.block.head_dim, positions) if config.block.rope else None
     mask = dataclasses.replace(mask, query_segments=segments, key_segments=segments)
-    slot = None
+    slot: Any = 0
     if cache is not None:
         slot = cache.next
         held = jax.lax.dynamic_update_slice(cache.segments, segments.astype(jnp.int32), (0, slot))
@@ -108,10 +108,10 @@ def decode(
 
     def body(carry, layer, j, index, extra):
         x, keys, values = carry
-        stored = []
+        stored: list[jax.Array] = []
 
         def store(key, value):
-            at = (index, 0, slot, 0, 0)
+            at: Any = (index, 0, slot, 0, 0)
             stored[:] = [
                 jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype)[None], at),
                 jax.lax.dynamic_update_slice(values, value.astype(values.dtype)[None], at),
@@ -119,8 +119,9 @@ def decode(
             return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(x.dtype) for a in stored)
 
         rngs = {"dropout": jax.random.fold_in(dropout_key, index)} if dropout_key is not None else None
-        x = block.apply(
-            {"params": layer},
+        x = apply(
+            block,
+            layer,
             x,
             dataclasses.replace(mask, window=config.windows[j]),
             turn,
@@ -135,7 +136,7 @@ def decode(
     (last, keys, values), states = run_stack(
         body, carry, params["layers"], layers=config.layers, period=period, extras=extras, run=run
     )
-    last = _final_norm(config).apply({"params": params["final_norm"]}, last)
+    last = apply(_final_norm(config), params["final_norm"], last)
     if return_states:
         states = jnp.concatenate([x[None], states[:-1], last[None]])
     return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import flax.linen as nn
 import jax
@@ -67,7 +67,7 @@ class Linear(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)
         if self.has_variable("params", "adapters"):
-            leaves = self.get_variable("params", "adapters")
+            leaves: Any = self.get_variable("params", "adapters")
             for adapter in self.adapters:
                 if adapter.name in leaves:
                     y = y + self._low_rank(x, leaves[adapter.name], adapter)
@@ -78,6 +78,11 @@ class Linear(nn.Module):
             keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - adapter.dropout, x.shape)
             x = jnp.where(keep, x / (1 - adapter.dropout), 0)
         return matmul(matmul(x, leaf["lora_a"]), leaf["lora_b"]) * jnp.asarray(adapter.scale, x.dtype)
+
+
+def apply(module: nn.Module, params: Any, *args: Any, **settings: Any) -> jax.Array:
+    """A module's output with these parameters."""
+    return module.apply({"params": params}, *args, **settings)  # type: ignore[return-value]
 
 
 class Norm(nn.Module):

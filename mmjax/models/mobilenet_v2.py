@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mmjax.models.config import Execution, FeatureSpec, LoraConfig, MobileNetV2Config, divisible
-from mmjax.models.layers import Linear
+from mmjax.models.layers import Linear, apply
 
 Params = dict[str, Any]
 Padding = list[tuple[int, int]]  # before and after, of height and width
@@ -68,7 +68,7 @@ def classify(params: Params, config: MobileNetV2Config, pixels: jax.Array, run: 
 
 def logits(params: Params, config: MobileNetV2Config, state: jax.Array) -> jax.Array:
     """float32 class logits [n, classes] of pooled features [n, channels]."""
-    return Linear(config.classes).apply({"params": params["head"]}, state).astype(jnp.float32)
+    return apply(Linear(config.classes), params["head"], state).astype(jnp.float32)
 
 
 def init(key: jax.Array, config: MobileNetV2Config) -> Params:

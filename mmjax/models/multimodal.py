@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mmjax.batch import Batch
 from mmjax.models import adapters as lora
 from mmjax.models import connectors, decoder, mobilenet_v2, text_tower, vit
-from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig
+from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig, ViTConfig
 
 Params = dict[str, Any]
 
@@ -64,6 +64,8 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         features = vision_features(params, config, batch.images, run)
     else:
         return None
+    if config.connector is None:
+        raise ValueError("this model has no connector: it cannot read images")
     return connectors.connect(params["connector"], config.connector, features.astype(run.dtype), config.adapters)
 
 
@@ -91,7 +93,7 @@ def hidden(
     x = embed(params, config, batch, run)
     return decoder.decode(
         params["llm"],
-        config.llm,
+        config.language,
         x,
         segments=batch.segments,
         positions=batch.positions,
@@ -101,9 +103,36 @@ def hidden(
     ).last
 
 
+def decode_token(
+    params: Params,
+    config: ModelConfig,
+    cache: decoder.Cache,
+    token: jax.Array,
+    position: jax.Array,
+    segment: jax.Array,
+    run: Execution,
+) -> tuple[jax.Array, decoder.Cache]:
+    """One token a row through the LLM: float32 logits [rows, vocab] of the next one, and the cache.
+
+    token, position, segment   int32 [rows]
+    """
+    out = decoder.decode(
+        params["llm"],
+        config.language,
+        decoder.embed(params["llm"], token[:, None], run),
+        segments=segment[:, None],
+        positions=position[:, None],
+        run=run,
+        adapters=config.adapters,
+        cache=cache,
+    )
+    assert out.cache is not None
+    return head(params, config, out.last[:, 0]), out.cache
+
+
 def head(params: Params, config: ModelConfig, states: jax.Array) -> jax.Array:
     """float32 logits [..., vocab] of states that `hidden` returned."""
-    return decoder.head(params["llm"], config.llm, states)
+    return decoder.head(params["llm"], config.language, states)
 
 
 def classify(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:
@@ -118,6 +147,7 @@ def two_tower(
 ) -> dict[str, jax.Array]:
     """A contrastive model's outputs for pixels [n, height, width, channels] and tokens [m, length]: normalised `image_embeds` and
     `text_embeds`, `logits_per_image` [n, m] (arXiv 2103.00020, 2303.15343), and both towers' states."""
+    assert isinstance(config.vision, ViTConfig) and config.text is not None
     states = vit.hidden_states(params["vision"], config.vision, normalise(config, images), run)
     pooled = vit.pooled(params["vision"], config.vision, states[-1])
     image = vit.project(params["vision"], config.vision, pooled)

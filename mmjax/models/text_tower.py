@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block
 from mmjax.models.config import Execution, TextTowerConfig
-from mmjax.models.layers import Linear, Norm, fan_in_normal
+from mmjax.models.layers import Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack
 
 Params = dict[str, Any]
@@ -46,16 +46,16 @@ def encode(
     mask = Mask(causal=config.causal, query_segments=everyone, key_segments=segments)
 
     def body(x, layer, j, index, extra):
-        x = block.apply({"params": layer}, x, mask)
+        x = apply(block, layer, x, mask)
         return x, x
 
     last, states = run_stack(body, x, params["layers"], layers=config.layers, run=run)
-    last = Norm(config.block.norm, config.block.norm_eps).apply({"params": params["final_norm"]}, last)
+    last = apply(Norm(config.block.norm, config.block.norm_eps), params["final_norm"], last)
     if config.pooling == "last":
         pooled = last[:, -1]
     else:
         # Old CLIP files name 2 as the end of text, whose true id is the largest of the vocabulary.
         at = jnp.argmax(tokens if config.end_of_text == 2 else tokens == config.end_of_text, -1)
         pooled = jnp.take_along_axis(last, at[:, None, None], 1)[:, 0]
-    embedding = Linear(config.projection, config.projection_bias).apply({"params": params["projection"]}, pooled)
+    embedding = apply(Linear(config.projection, config.projection_bias), params["projection"], pooled)
     return {"states": jnp.concatenate([x[None], states]), "last": last, "pooled": pooled, "embedding": embedding}

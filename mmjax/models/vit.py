@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block import Block
 from mmjax.models.config import Execution, FeatureSpec, LoraConfig, ViTConfig
-from mmjax.models.layers import MLP, Linear, Norm, fan_in_normal
+from mmjax.models.layers import MLP, Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack
 
 Params = dict[str, Any]
@@ -58,7 +58,7 @@ def hidden_states(
     block = Block(config.block, adapters, backend=run.attention)
 
     def body(x, layer, j, index, extra):
-        x = block.apply({"params": layer}, x, Mask(causal=False))
+        x = apply(block, layer, x, Mask(causal=False))
         return x, x
 
     layers = config.layers if layers is None else layers
@@ -74,12 +74,12 @@ def embed(params: Params, config: ViTConfig, pixels: jax.Array) -> jax.Array:
         raise ValueError(f"the encoder takes {config.image_size} x {config.image_size} pixels, got {pixels.shape[1]} x {pixels.shape[2]}")
     x = pixels[:, : side * p, : side * p].reshape(n, side, p, side, p, channels)
     x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, side * side, p * p * channels)
-    x = Linear(config.block.width, config.patch_bias).apply({"params": params["patch"]}, x)
+    x = apply(Linear(config.block.width, config.patch_bias), params["patch"], x)
     if config.class_token:
         first = jnp.broadcast_to(params["class_embedding"].astype(x.dtype), (n, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], 1)
     x = x + params["positions"].astype(x.dtype)
-    return _norm(config).apply({"params": params["pre_norm"]}, x) if config.pre_norm else x
+    return apply(_norm(config), params["pre_norm"], x) if config.pre_norm else x
 
 
 def features(
@@ -96,11 +96,13 @@ def features(
     block = Block(config.block, adapters, backend=run.attention)
 
     def body(x, layer, j, index, extra):
-        x = block.apply({"params": layer}, x, Mask(causal=False))
+        x = apply(block, layer, x, Mask(causal=False))
         return x, x if len(wanted) > 1 else None
 
-    last, states = (x, None) if max(wanted) == 0 else run_stack(body, x, params["layers"], layers=max(wanted), run=run)
-    picked = [last] if len(wanted) == 1 else [x if layer == 0 else states[layer - 1] for layer in wanted]
+    last, states = x, None
+    if max(wanted):
+        last, states = run_stack(body, x, params["layers"], layers=max(wanted), run=run)
+    picked = [last] if states is None else [x if layer == 0 else states[layer - 1] for layer in wanted]
     if spec.post_norm:
         picked = [post_norm(params, config, state) for state in picked]
     if config.class_token and not spec.keep_class_token:
@@ -109,7 +111,7 @@ def features(
 
 
 def post_norm(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
-    return _norm(config).apply({"params": params["post_norm"]}, state) if config.post_norm else state
+    return apply(_norm(config), params["post_norm"], state) if config.post_norm else state
 
 
 def pooled(params: Params, config: ViTConfig, last: jax.Array) -> jax.Array:
@@ -118,7 +120,7 @@ def pooled(params: Params, config: ViTConfig, last: jax.Array) -> jax.Array:
         return post_norm(params, config, last[:, 0])
     last = post_norm(params, config, last)
     if config.pooling == "attention":
-        return AttentionPool(config).apply({"params": params["pool"]}, last)
+        return apply(AttentionPool(config), params["pool"], last)
     if config.pooling == "mean":
         return last[:, int(config.class_token) :].mean(1)
     raise ValueError("this vision tower pools nothing: it has features, but no image embedding or classes")
@@ -133,7 +135,7 @@ def classify(params: Params, config: ViTConfig, pixels: jax.Array, run: Executio
     """Normalised pixels [n, height, width, channels] -> float32 class logits [n, classes]."""
     spec = FeatureSpec(layers=(-1,), keep_class_token=True)
     state = pooled(params, config, features(params, config, spec, pixels, run))
-    return Linear(config.classes).apply({"params": params["head"]}, state).astype(jnp.float32)
+    return apply(Linear(config.classes), params["head"], state).astype(jnp.float32)
 
 
 class AttentionPool(nn.Module):
