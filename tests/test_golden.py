@@ -10,8 +10,8 @@ DIRECTORIES = [
     "llava_llama/mlp2x_gelu_right_padded",
     *(f"label_mask/{name}" for name in ("v1", "plain", "llava_llama_2", "mpt", "v0_no_bos_tokenizer")),
     *(f"image_processor/{name}" for name in ("clip_shortest_edge_center_crop", "llava_pad_square", "siglip_squash")),
-    *(f"vision_zoo/{name}" for name in ("clip_vision", "siglip", "clip")),
-    *(f"llm_zoo/{name}" for name in ("llama", "llama_llama3_rope", "mistral", "qwen2", "phi")),
+    *(f"vision_zoo/{name}" for name in ("clip_vision", "siglip")),
+    *(f"llm_zoo/{name}" for name in ("llama", "llama_llama3_rope", "mistral")),
 ]
 
 

@@ -171,7 +171,7 @@ def test_a_tower_without_class_token_refuses_to_drop_it(tmp_path):
         mmjax.load(changed(tmp_path, tmp_path, vision_feature_select_strategy="default"))
 
 
-def test_sharded_loading_equals_plain(pair):
+def test_a_sharded_model_is_read_and_written_like_a_plain_one(pair, tmp_path):
     import jax
     from jax.sharding import AxisType
 
@@ -185,8 +185,13 @@ def test_sharded_loading_equals_plain(pair):
         (1, 4, 2, 1, 1), ("data", "fsdp", "tensor", "sequence", "expert"), axis_types=(AxisType.Auto,) * 5
     )
     places = param_shardings(multimodal.shapes(ours.config), mesh)
-    sharded = tree.flatten(load(directory, shardings=places).params)
+    model = load(directory, shardings=places)
+    sharded = tree.flatten(model.params)
     kernel = sharded["llm/layers/attention/query/kernel"]
     assert not kernel.sharding.is_fully_replicated
     for path, leaf in tree.flatten(ours.params).items():
         assert np.array_equal(np.asarray(sharded[path]), np.asarray(leaf)), path
+    model.save_pretrained(tmp_path / "sharded")
+    ours.save_pretrained(tmp_path / "plain")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("sharded", "plain"))
+    assert first == second

@@ -36,9 +36,10 @@ LANGUAGE = {
     "llama, linear rope": (hf.LlamaConfig, {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 5000.0}),
     "llama, llama3 rope": (hf.LlamaConfig, {"rope_scaling": LLAMA3, "rope_theta": 500.0, "tie_word_embeddings": True}),
     "mistral": (hf.MistralConfig, {"sliding_window": 5}),
-    "mistral without window": (hf.MistralConfig, {"sliding_window": None}),
-    "qwen2": (hf.Qwen2Config, {"tie_word_embeddings": True}),
-    "qwen2 with windows": (hf.Qwen2Config, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen2": (
+        hf.Qwen2Config,
+        {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+    ),
     "phi": (hf.PhiConfig, {"num_key_value_heads": 4}),
 }
 
@@ -89,7 +90,6 @@ TEXT = {
     "max_position_embeddings": 12,
 }
 TOWERS = {
-    "clip": lambda: hf.CLIPVisionModel(hf.CLIPVisionConfig(**TOWER)),
     "clip with projection": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**TOWER, projection_dim=20)),
     "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**TOWER)),
     "siglip without head": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**TOWER, vision_use_head=False)),
