@@ -1,6 +1,7 @@
 """Compares the package with recorded references: `python -m tests.golden DIR [DIR ...]`.
 
-A directory holds config.json, inputs.npz, outputs.npz and usually weights. What is run is decided by `model_type` and
+A directory holds config.json, inputs.npz, outputs.npz and usually weights; one that holds several of them stands for all of
+them. What is run is decided by `model_type` and
 the fields of config.json alone. One line for each directory; exit code 0 only if nothing failed and nothing was
 unsupported.
 """
@@ -47,8 +48,8 @@ class Unsupported(Exception):
 def main(directories: list[str]) -> int:
     jax.config.update("jax_default_matmul_precision", "highest")
     results = []
-    for name in directories:
-        result = run(Path(name))
+    for name in (case for directory in directories for case in cases(Path(directory))):
+        result = run(name)
         results.append(result)
         outputs = f"{result.compared}/{result.present}"
         line = f"{name}  {result.status}  {outputs}  {result.difference:.2e}  {result.relative:.2e}"
@@ -56,6 +57,12 @@ def main(directories: list[str]) -> int:
     counts = [sum(r.status == status for r in results) for status in ("PASS", "FAIL", "UNSUPPORTED")]
     print("{} passed, {} failed, {} unsupported".format(*counts))
     return 0 if results and counts[0] == len(results) else 1
+
+
+def cases(directory: Path) -> list[Path]:
+    """The directory itself, or the recorded ones below it."""
+    below = sorted(found.parent for found in directory.glob("*/**/outputs.npz"))
+    return [directory] if (directory / "outputs.npz").is_file() or not below else below
 
 
 def run(directory: Path) -> Result:
