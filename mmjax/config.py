@@ -216,6 +216,7 @@ class Stage:
     packing       several samples in a row, apart by segments; off = one sample a row
     tiles         image tiles a row may hold
     accumulate    micro-batches of one step
+    dropout       of what each block of the LLM adds to its residual; adapters have their own
     cache_features   run the frozen encoder once over every picture and keep its features on disk
     """
 
@@ -235,6 +236,7 @@ class Stage:
     cache_features: bool = False
     augment: tuple[str, ...] = ()
     label_smoothing: float = 0.0
+    dropout: float = 0.0
     dtype: DType = "float32"  # of activations
     param_dtype: DType = "float32"  # of trained weights
     remat: Literal["none", "dots", "full"] = "none"

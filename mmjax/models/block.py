@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mmjax.models.attention import Mask, attention
 from mmjax.models.config import BlockConfig, LoraConfig
-from mmjax.models.layers import MLP, Linear, Norm
+from mmjax.models.layers import MLP, Linear, Norm, dropped
 from mmjax.models.rope import rotate
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -80,12 +80,16 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP behind norms, with residuals: x [rows, T, width] -> the same."""
+    """Attention and MLP behind norms, with residuals: x [rows, T, width] -> the same.
+
+    `dropout` acts on what each of the two adds to the residual.
+    """
 
     config: BlockConfig
     adapters: tuple[LoraConfig, ...] = ()
     deterministic: bool = True
     backend: str = "auto"
+    dropout: float = 0.0
 
     @nn.compact
     def __call__(
@@ -101,6 +105,10 @@ class Block(nn.Module):
         attend = Attention(c, backend=self.backend, name="attention", **settings)
         mlp = MLP(c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias, name="mlp", **settings)
 
+        def added(y: jax.Array) -> jax.Array:
+            active = self.dropout and not self.deterministic
+            return dropped(y, self.dropout, self.make_rng("dropout")) if active else y
+
         for port in ports.before:
             x = port(x)
         h = Norm(c.norm, c.norm_eps, name="attention_norm")(x)
@@ -111,9 +119,9 @@ class Block(nn.Module):
             z = mlp(h)
             for port in ports.sublayer:
                 z = port("mlp", x, z)
-            return x + y + z
-        x = x + y
+            return x + added(y + z)
+        x = x + added(y)
         z = mlp(Norm(c.norm, c.norm_eps, name="mlp_norm")(x))
         for port in ports.sublayer:
             z = port("mlp", x, z)
-        return x + z
+        return x + added(z)

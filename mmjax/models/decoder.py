@@ -87,13 +87,15 @@ def decode(
     adapters: tuple[LoraConfig, ...] = (),
     plugs: tuple[ports.Plug, ...] = (),
     cache: Cache | None = None,
+    dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     return_states: bool = False,
 ) -> Decoded:
     """Runs the blocks over embeddings x [rows, length, width].
 
     segments, positions: int [rows, length] as in mmjax.batch.Batch. With a cache the new keys are written at its next slots
-    (the same for all rows: prompts are padded on the left) and attention runs over all slots.
+    (the same for all rows: prompts are padded on the left) and attention runs over all slots. Without a `dropout_key` nothing is
+    dropped, in blocks or adapters.
     """
     period = len(config.windows)
     turn = rotation(config.block.rope, config.block.head_dim, positions) if config.block.rope else None
@@ -104,7 +106,7 @@ def decode(
         held = jax.lax.dynamic_update_slice(cache.segments, segments.astype(jnp.int32), (0, slot))
         mask = dataclasses.replace(mask, key_segments=held, offset=slot)
         cache = cache._replace(segments=held, next=slot + x.shape[1])
-    block = Block(config.block, adapters, deterministic=dropout_key is None, backend=run.attention)
+    block = Block(config.block, adapters, dropout_key is None, run.attention, dropout)
 
     def body(carry, layer, j, index, extra):
         x, keys, values = carry

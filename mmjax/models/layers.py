@@ -50,6 +50,12 @@ def as_bits(kernel: jax.Array) -> jax.Array:
     return kernel.view(jnp.uint16) if kernel.dtype == jnp.bfloat16 else kernel
 
 
+def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """x with a share `rate` (to 1/65536) of its numbers set to 0 and the others scaled up (arXiv 1207.0580)."""
+    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
+    return jnp.where(keep, x / (1 - rate), 0)
+
+
 class Linear(nn.Module):
     """[..., in] -> [..., features]. Adapter leaves found beside the kernel change its output; see mmjax.models.adapters."""
 
@@ -75,8 +81,7 @@ class Linear(nn.Module):
 
     def _low_rank(self, x: jax.Array, leaf: dict[str, jax.Array], adapter: LoraConfig) -> jax.Array:
         if adapter.dropout and not self.deterministic:
-            keep = jax.random.bernoulli(self.make_rng("dropout"), 1 - adapter.dropout, x.shape)
-            x = jnp.where(keep, x / (1 - adapter.dropout), 0)
+            x = dropped(x, adapter.dropout, self.make_rng("dropout"))
         return matmul(matmul(x, leaf["lora_a"]), leaf["lora_b"]) * jnp.asarray(adapter.scale, x.dtype)
 
 

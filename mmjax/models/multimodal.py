@@ -87,9 +87,14 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
 
 
 def hidden(
-    params: Params, config: ModelConfig, batch: Batch, run: Execution, dropout_key: jax.Array | None = None
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    run: Execution,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """The LLM's states after its final norm, [rows, length, width]."""
+    """The LLM's states after its final norm, [rows, length, width]; `dropout` in its blocks where there is a key."""
     x = embed(params, config, batch, run)
     return decoder.decode(
         params["llm"],
@@ -99,6 +104,7 @@ def hidden(
         positions=batch.positions,
         run=run,
         adapters=config.adapters,
+        dropout=dropout,
         dropout_key=dropout_key,
     ).last
 

@@ -25,10 +25,11 @@ def language_loss(
     *,
     groups: int,
     smoothing: float = 0.0,
+    dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Weighted next-token losses summed over each row, float32 [rows]. `groups` is the number of data shards."""
-    hidden = multimodal.hidden(params, config, batch, run, dropout_key)
+    hidden = multimodal.hidden(params, config, batch, run, dropout, dropout_key)
     assert config.llm is not None and batch.targets is not None and batch.weights is not None
     return cross_entropy(
         lambda hidden: multimodal.head(params, config, hidden),

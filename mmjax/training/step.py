@@ -67,7 +67,7 @@ def make_train_step(
     `shardings` are the state's (see state_shardings), so that a step's output is the next one's input."""
     shards, accumulate = data_shards(mesh), stage.accumulate
     weigh = _losses(config, stage, shards)
-    dropout = any(adapter.dropout > 0 for adapter in config.adapters)
+    dropout = stage.dropout > 0 or any(adapter.dropout > 0 for adapter in config.adapters)
 
     def summed_loss(
         trainable: Params, frozen: Params, batch: Batch, key: jax.Array | None
@@ -133,7 +133,7 @@ def _losses(config: ModelConfig, stage: Stage, shards: int) -> Callable[[Params,
     if stage.objective == "classify":
         return lambda params, batch, key: classification_loss(params, config, batch, run, smoothing=smoothing)
     return lambda params, batch, key: language_loss(
-        params, config, batch, run, groups=shards, smoothing=smoothing, dropout_key=key
+        params, config, batch, run, groups=shards, smoothing=smoothing, dropout=stage.dropout, dropout_key=key
     )
 
 
