@@ -80,9 +80,8 @@ class Pipeline:
 
     datasets        by the names of stage.sources
     encoder         its max_length is set to stage.length; None for the objective "classify"
-    groups          of the whole step over all processes: (shards of the data axes) x stage.accumulate. The rows of micro-batch m
-                    are rows [m * R / accumulate, (m + 1) * R / accumulate) of a Batch of R rows, and its groups likewise, so a
-                    trainer reshapes every field [n, ...] to [accumulate, n / accumulate, ...]
+    groups          of the whole step over all processes: (shards of the data axes) x stage.accumulate. Micro-batch m is the m-th part
+                    of every shard's rows and groups, so that no row changes its device (see mmjax.training.step)
     process_index   this process yields stage.rows / process_count rows and groups / process_count groups a step
     workdir         where the table of lengths is kept; None = nowhere
 
