@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import re
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(__doc__)
         return 0 if arguments else 2
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log in a file can be followed
     try:
         recipe, job, workdir = read_command(arguments)
         importlib.import_module(f"mmjax.jobs.{job}").run(recipe, workdir)
