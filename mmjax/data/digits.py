@@ -24,6 +24,8 @@ from mmjax.errors import UserError
 CANVAS = 32  # pixels of a side
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # reading order
 KINDS = ("position", "count", "contains", "largest", "sum", "order")
+SCRIBBLE = 10  # scribbles are digits less this
+PLACES = 8  # of every picture of handwriting within a quarter
 SPLITS = {"train": 1500, "held_out": 297}  # pictures of handwriting
 TASKS = ("questions", "caption", "single", "facts")
 
@@ -34,7 +36,8 @@ class DigitScenes:
     split   "train" or "held_out": whose handwriting is shown; train also draws it slightly turned and stretched
     task    "questions"  one question about a scene, the kinds in turn
             "caption"    the scene described: "top left 3, bottom right 7"
-            "single"     one digit somewhere on the canvas; its class is the answer, an entry of `classes`
+            "single"     one digit among up to three scribbles (digits with their halves swapped); its class is the answer,
+                         an entry of `classes`
             "facts"      the text-only twin: in the picture's place a word for each quarter, "3 empty empty 7"; the kinds in
                          turn, and the request to describe the scene
     kinds   which questions are asked (all of KINDS)
@@ -68,7 +71,7 @@ class DigitScenes:
         rng, scene = self._scene(index)
         picture = {"type": "image", "path": f"{self.split}-{index:06d}.png"}
         if self.task == "single":
-            kind, question, answer = "single", "Which digit is this?", str(next(iter(scene.values())))
+            kind, question, answer = "single", "Which digit is this?", str(max(scene.values()))
         elif self.task == "caption":
             kind, (question, answer) = "caption", ask("caption", scene, rng)
         else:
@@ -96,11 +99,13 @@ class DigitScenes:
         return draw(scene, self.split, rng)
 
     def _scene(self, index: int) -> tuple[np.random.Generator, dict[int, int]]:
-        """A fresh generator for scene `index` and the digit in each occupied quarter, in reading order."""
+        """A fresh generator for scene `index` and the digit in each occupied quarter, in reading order; below 0 = a scribble."""
         rng = np.random.default_rng((self.seed, TASKS.index(self.task), list(SPLITS).index(self.split), index))
-        count = 1 if self.task == "single" else int(rng.integers(1, 5))
-        quarters = sorted(rng.permutation(4)[:count].tolist())
-        return rng, {quarter: int(rng.integers(10)) for quarter in quarters}
+        count = int(rng.integers(1, 5))
+        quarters, digits = rng.permutation(4)[:count].tolist(), rng.integers(10, size=count).tolist()
+        if self.task == "single":
+            digits[1:] = [digit - SCRIBBLE for digit in digits[1:]]
+        return rng, dict(sorted(zip(quarters, digits)))
 
 
 def describe(scene: dict[int, int]) -> str:
@@ -129,28 +134,47 @@ def ask(kind: str, scene: dict[int, int], rng: np.random.Generator) -> tuple[str
 
 def draw(scene: dict[int, int], split: str, rng: np.random.Generator) -> Image.Image:
     """The scene in this split's handwriting: every digit about 14 pixels high, anywhere within its quarter."""
-    canvas = Image.new("L", (CANVAS, CANVAS))
+    canvas = np.zeros((CANVAS, CANVAS), np.uint8)
     half = CANVAS // 2
     for quarter, digit in scene.items():
-        pictures = _handwriting(split)[digit]
-        picture = Image.fromarray(pictures[int(rng.integers(len(pictures)))])
-        width, height, shear, angle = 14.0, 14.0, 0.0, 0.0
-        if split == "train":
-            width, height = rng.uniform(12.5, 15.5, 2)
-            shear, angle = rng.uniform(-0.15, 0.15), rng.uniform(-0.15, 0.15)
-        left, top = rng.uniform(0, half - width), rng.uniform(0, half - height)
-        # From a pixel of the quarter back to the 8x8 picture: about the digit's centre, turned, slanted, scaled.
-        cos, sin, x, y = np.cos(angle), np.sin(angle), left + width / 2, top + height / 2
-        rows = np.array([[cos + shear * sin, sin - shear * cos], [-sin, cos]]) * [[8 / width], [8 / height]]
-        offsets = 4 - rows @ (x, y)
-        matrix = (*rows[0], offsets[0], *rows[1], offsets[1])
-        picture = picture.transform((half, half), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
-        canvas.paste(picture, (half * (quarter % 2), half * (quarter // 2)))
-    return canvas.convert("RGB")
+        written = _written(split)[digit % SCRIBBLE]
+        top, left = half * (quarter // 2), half * (quarter % 2)
+        tile = written[int(rng.integers(len(written)))]
+        if digit < 0:
+            tile = np.roll(tile, (half // 2, half // 2), (0, 1))
+        canvas[top : top + half, left : left + half] = tile
+    return Image.fromarray(canvas).convert("RGB")
 
 
 @functools.lru_cache(maxsize=None)
-def _handwriting(split: str) -> dict[int, np.ndarray]:
+def _written(split: str) -> dict[int, np.ndarray]:
+    """Each digit in this split's handwriting, every picture of it at several places: uint8 [pictures * PLACES, 16, 16]."""
+    rng = np.random.default_rng(16)
+    written = {}
+    for digit, pictures in handwriting(split).items():
+        tiles = [_placed(Image.fromarray(picture), split, rng) for picture in pictures for _ in range(PLACES)]
+        written[digit] = np.stack([np.asarray(tile) for tile in tiles])
+    return written
+
+
+def _placed(picture: Image.Image, split: str, rng: np.random.Generator) -> Image.Image:
+    """A picture of 8x8 pixels somewhere in a quarter; in the train split also turned, slanted and stretched a little."""
+    width, height, shear, angle = 14.0, 14.0, 0.0, 0.0
+    if split == "train":
+        width, height = rng.uniform(12.5, 15.5, 2)
+        shear, angle = rng.uniform(-0.15, 0.15, 2)
+    half = CANVAS // 2
+    x, y = rng.uniform(width / 2, half - width / 2), rng.uniform(height / 2, half - height / 2)  # the digit's centre
+    # From a pixel of the quarter back to the picture: about the centre, turned, slanted, scaled.
+    cos, sin = np.cos(angle), np.sin(angle)
+    rows = np.array([[cos + shear * sin, sin - shear * cos], [-sin, cos]]) * [[8 / width], [8 / height]]
+    offsets = 4 - rows @ (x, y)
+    matrix = (*rows[0], offsets[0], *rows[1], offsets[1])
+    return picture.transform((half, half), Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC)
+
+
+@functools.lru_cache(maxsize=None)
+def handwriting(split: str) -> dict[int, np.ndarray]:
     """This split's pictures of each digit, uint8 [pictures, 8, 8]."""
     from sklearn.datasets import load_digits
 

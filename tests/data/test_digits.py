@@ -26,13 +26,13 @@ def test_a_sample_depends_on_seed_split_and_index_alone():
 
 def test_no_handwriting_is_in_both_splits():
     train, held_out = (
-        {picture.tobytes() for pictures in digits._handwriting(split).values() for picture in pictures}
+        {picture.tobytes() for pictures in digits.handwriting(split).values() for picture in pictures}
         for split in ("train", "held_out")
     )
     # A few of the pictures are equal to one another, to the last grey value.
     assert 1480 < len(train) <= 1500 and 290 < len(held_out) <= 297
     assert len(train & held_out) <= 1
-    assert {split: sum(map(len, digits._handwriting(split).values())) for split in digits.SPLITS} == digits.SPLITS
+    assert {split: sum(map(len, digits.handwriting(split).values())) for split in digits.SPLITS} == digits.SPLITS
 
 
 def test_pictures_are_rgb_and_show_digits_where_the_scene_has_them():
@@ -85,8 +85,11 @@ def test_guessing_without_the_picture_stays_weak():
     assert all(0.3 < np.mean(values) < 0.7 for values in present.values())  # no digit gives its answer away
 
 
-def test_single_digits_carry_their_class():
+def test_single_digits_carry_their_class_and_stand_among_scribbles():
     singles = DigitScenes("train", "single", size=300)
+    scenes = [singles._scene(i)[1] for i in range(300)]
+    assert all(sum(digit >= 0 for digit in scene.values()) == 1 for scene in scenes)
+    assert collections.Counter(map(len, scenes)).keys() == {1, 2, 3, 4}
     classes = collections.Counter(singles[i].answers[0] for i in range(300))
     assert set(classes) == set(singles.classes) and min(classes.values()) > 10
 
