@@ -54,7 +54,7 @@ VIT = Part(
         "model_type": "siglip_vision_model",
         "hidden_size": 128,
         "intermediate_size": 512,
-        "num_hidden_layers": 3,
+        "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "image_size": 32,
         "patch_size": 16,
@@ -62,42 +62,48 @@ VIT = Part(
     }
 )
 
+KINDS = ("position", "count", "contains", "largest", "contains", "sum", "order")  # "is there a 7?" is learnt last: twice
+
 
 def get_config(argument: str = ""):
     chosen = parse_arguments(argument, {"tiny": False})
     language = Stage(
         trainable=("llm/{embed,final_norm}/**", "llm/layers/**/{kernel,scale}"),
-        sources={"facts": Source(kind="digit_facts", options={"split": "train", "size": 20000})},
+        sources={"facts": Source(kind="digit_facts", options={"split": "train", "size": 14000, "kinds": KINDS})},
         steps=600,
-        rows=16,
-        length=256,
+        rows=32,
+        length=64,
+        unroll=3,
         optimizer=_adamw(4e-3),
     )
     vision = Stage(
         objective="classify",
         trainable=("vision/**",),
         sources={"digits": Source(kind="digits", options={"split": "train", "task": "single", "size": 20000})},
-        steps=600,
+        steps=800,
         rows=128,
         tiles=1,
-        optimizer=_adamw(2e-3),
+        unroll=2,
+        optimizer=_adamw(3e-3),
     )
     align = Stage(
         trainable=("connector/**",),
         sources={"descriptions": Source(kind="digits", options={"split": "train", "task": "caption", "size": 6000})},
-        steps=120,
+        steps=200,
         rows=16,
-        length=256,
-        tiles=8,
+        length=128,
+        tiles=5,
+        unroll=3,
         optimizer=_adamw(4e-3),
     )
     instruct = Stage(
         trainable=("connector/**", "llm/**/lora_*"),
-        sources={"questions": Source(kind="digits", options={"split": "train", "task": "questions", "size": 20000})},
+        sources={"questions": Source(kind="digits", options={"split": "train", "task": "questions", "size": 14000, "kinds": KINDS})},
         steps=300,
-        rows=16,
-        length=256,
-        tiles=12,
+        rows=32,
+        length=64,
+        tiles=3,
+        unroll=3,
         optimizer=_adamw(4e-3),
     )
     recipe = Recipe(
