@@ -24,6 +24,7 @@ from mmjax.config import (
     Image,
     Logging,
     Lora,
+    Mesh,
     Model,
     Optimizer,
     Part,
@@ -130,6 +131,7 @@ def get_config(argument: str = ""):
                 report_apart=("sum",),
             )
         },
+        mesh=Mesh(cpu_devices=2),
         checkpoint=Checkpoint(every=0),
         logging=Logging(every=50),
         export=Export(after_training=True),

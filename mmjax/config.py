@@ -265,13 +265,18 @@ class Evaluation:
 
 @dataclasses.dataclass
 class Mesh:
-    """Sizes of the mesh axes; one may be -1 (whatever is left of the devices)."""
+    """Sizes of the mesh axes; one may be -1 (whatever is left of the devices).
+
+    cpu_devices   on a machine without accelerators, into how many devices its processor is divided: small operations do not
+                  fill several cores, several devices do
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
     sequence: int = 1
     expert: int = 1
+    cpu_devices: int = 1
 
 
 @dataclasses.dataclass

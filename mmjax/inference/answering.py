@@ -14,6 +14,7 @@ from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, Sample, question
 from mmjax.inference.generate import generate
 from mmjax.model import Model
+from mmjax.parallel.sharding import shards_of
 
 
 def answer(
@@ -32,6 +33,7 @@ def answer(
     sampling     fields of mmjax.inference.generate.Sampling
     """
     settings = model.sampling(max_new_tokens, **sampling)
+    _, groups = shards_of(model.params, batch)
     remaining = iter(samples)
     while chunk := list(itertools.islice(remaining, batch)):
         prepared = [_prompt(model, sample, open_image) for sample in chunk]
@@ -42,9 +44,8 @@ def answer(
         # The last batch is filled up with a question that is there anyway.
         rows = [[example] for example in examples + examples[-1:] * (batch - len(examples))]
         images = max(len(example.images) for example in examples)
-        tokens = iter(
-            generate(model.params, model.config, collate(rows, tiles=batch * images), settings, model.run).tokens
-        )
+        together = collate(rows, groups=groups, tiles=batch // groups * images)
+        tokens = iter(generate(model.params, model.config, together, settings, model.run).tokens)
         for sample, example in zip(chunk, prepared):
             yield sample, example if isinstance(example, BadSample) else model.text(next(tokens))
 

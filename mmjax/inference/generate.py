@@ -19,6 +19,7 @@ from mmjax.batch import Batch
 from mmjax.inference import beams
 from mmjax.models import decoder, multimodal
 from mmjax.models.config import Execution, ModelConfig
+from mmjax.parallel.sharding import batch_shardings, shards_of
 
 Params = dict[str, Any]
 
@@ -68,11 +69,11 @@ class Generated(NamedTuple):
 def generate(
     params: Params, config: ModelConfig, batch: Batch, sampling: Sampling, run: Execution = Execution(), return_scores: bool = False
 ) -> Generated:
-    """New tokens after each row's prompt. Rows may be padded on either side.
+    """New tokens after each row's prompt. Rows may be padded on either side; parameters on a mesh divide them over its devices.
 
     Raises ValueError when the model has no LLM, or for sampling together with beams.
     """
-    batch = pad_prompt(batch)
+    batch = divided(params, pad_prompt(batch))
     if sampling.num_beams > 1:
         if sampling.temperature:
             raise ValueError("beam search is not sampled: leave temperature at 0 or num_beams at 1")
@@ -88,7 +89,7 @@ def stream(
     params: Params, config: ModelConfig, batch: Batch, sampling: Sampling, run: Execution = Execution(), every: int = 4
 ) -> Iterator[np.ndarray]:
     """The tokens so far, int32 [rows, n], after every few steps; the last one is what `generate` returns up to the end."""
-    state = _start(params, pad_prompt(batch), config, sampling, run, False)
+    state = _start(params, divided(params, pad_prompt(batch)), config, sampling, run, False)
     for stop in range(every, sampling.max_new_tokens + every, every):
         stop = min(stop, sampling.max_new_tokens)
         state = _advance(params, state, jnp.int32(stop), config, sampling, run)
@@ -112,6 +113,15 @@ def pad_prompt(batch: Batch) -> Batch:
         for name, (values, _) in fields.items():
             out[name][row, padded - end :] = values[row, :end]
     return dataclasses.replace(batch, **out, targets=None, weights=None)
+
+
+def divided(params: Params, batch: Batch) -> Batch:
+    """The batch on the devices of the parameters' mesh, rows and media groups apart; unchanged where they cannot be divided."""
+    media = next((m for m in (batch.images, batch.features) if m is not None), None)
+    mesh, shards = shards_of(params, batch.tokens.shape[0])
+    if mesh is None or (media is not None and media.shape[0] % shards):
+        return batch
+    return jax.device_put(batch, batch_shardings(batch, mesh))
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run", "new"))

@@ -26,7 +26,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.run import evaluate
 from mmjax.jobs.export import export
 from mmjax.model import Model
-from mmjax.parallel.mesh import data_shards, join_cluster, make_mesh
+from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
 from mmjax.parallel.sharding import format_table, param_shardings, table
 from mmjax.results import record
 from mmjax.training.loop import Run, noting_sigterm, train
@@ -44,6 +44,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
     """Trains, and leaves everything in the workdir. Raises UserError; SystemExit(143) after a SIGTERM."""
     began = time.perf_counter()
     _log_to_terminal()
+    divide_processor(recipe.mesh)
     join_cluster()
     mesh = make_mesh(recipe.mesh)
     workdir.mkdir(parents=True, exist_ok=True)

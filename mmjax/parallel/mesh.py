@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import os
 from typing import Sequence
 
@@ -19,7 +19,7 @@ DATA_AXES = ("data", "fsdp")  # what rows are divided over
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
     """A mesh with the axes of AXES. Raises UserError where the sizes do not fit the number of devices."""
     devices = jax.devices() if devices is None else list(devices)
-    shape = dataclasses.asdict(sizes)
+    shape = {axis: getattr(sizes, axis) for axis in AXES}
     given = 1
     for size in shape.values():
         given *= size if size != -1 else 1
@@ -41,6 +41,14 @@ def data_shards(mesh: jax.sharding.Mesh) -> int:
     for axis in DATA_AXES:
         shards *= mesh.shape[axis]
     return shards
+
+
+def divide_processor(sizes: config.Mesh) -> None:
+    """Makes `sizes.cpu_devices` devices of the processor. Nothing happens where XLA_FLAGS say how many there are, or once jax
+    has looked for its devices."""
+    if sizes.cpu_devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", sizes.cpu_devices)
 
 
 def join_cluster() -> None:

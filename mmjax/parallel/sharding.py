@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import tree
 from mmjax.batch import Batch
-from mmjax.parallel.mesh import DATA_AXES
+from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards
 from mmjax.tree import Params
 
 # The first rule whose glob matches a leaf gives the axes of its last dimensions; those before them (the layer axis)
@@ -101,6 +101,16 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
         if getattr(batch, field.name) is not None
     }
     return Batch(**shardings)
+
+
+def shards_of(params: Params, rows: int) -> tuple[Mesh | None, int]:
+    """The mesh that parameters live on and into how many parts `rows` rows can be divided over it; (None, 1) where they are
+    not on a mesh, or the rows cannot be divided."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+    if mesh is None or set(mesh.axis_names) != set(AXES) or rows % data_shards(mesh) or mesh.shape["sequence"] > 1:
+        return None, 1
+    return mesh, data_shards(mesh)
 
 
 def _axes(spec: PartitionSpec) -> str:
