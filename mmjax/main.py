@@ -23,6 +23,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mmjax import config_checks
+from mmjax.allocator import keep_freed_memory
 from mmjax.config import Recipe, from_config_dict, read_recipe, to_config_dict
 from mmjax.config_parsing import dotted_keys, nearest, unknown_keys
 from mmjax.errors import UserError
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments else 2
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(line_buffering=True)  # a log in a file can be followed
+    keep_freed_memory()
     try:
         recipe, job, workdir = read_command(arguments)
         importlib.import_module(f"mmjax.jobs.{job}").run(recipe, workdir)
