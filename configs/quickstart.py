@@ -71,7 +71,7 @@ def get_config(argument: str = ""):
     language = Stage(
         trainable=("llm/{embed,final_norm}/**", "llm/layers/**/{kernel,scale}"),
         sources={"facts": Source(kind="digit_facts", options={"split": "train", "size": 14000, "kinds": KINDS})},
-        steps=600,
+        steps=450,
         rows=32,
         length=64,
         unroll=3,
