@@ -15,7 +15,8 @@ What it is     MobileNetV2 (ImageNet, 7 x 7 positions of 1,280 channels), frozen
 Stages         captions  MLP and Llama on 30,000 captions of 6,000 photos, also mirrored. The encoder sees each photo once: its features
                are kept in WORKDIR/features.
 Results        WORKDIR/README.md and results.json: BLEU-1 to -4 and CIDEr-D of beam search on the 1,000 validation photos, and of
-               the same model with the photos shuffled (the blind twin).
+               the same model with the photos shuffled and withheld (the blind twin). Seen with seed 0: BLEU-4 17.5, CIDEr-D 0.424
+               (shuffled: 4.7, 0.063). Beams and their length penalty were chosen on these same photos.
 """
 
 from mmjax.config import (

@@ -13,7 +13,8 @@ Stages         language  the Llama alone, on scenes in words: "3 empty empty 7" 
                align     the MLP alone, on descriptions of scenes; both models frozen
                instruct  LoRA + MLP, on questions about scenes
 Results        WORKDIR/README.md, results.json, and pictures: accuracy with the image and without (the blind twin) by kind of
-               question, on held-out handwriting. The sum, which needs arithmetic, is reported apart.
+               question, on held-out handwriting. The sum, which needs arithmetic, is reported apart. Seen with seed 0: 96.2 %
+               right (the sum: 49.5 %), the blind twin 22 %.
 At the end the model is exported in Hugging Face's LLaVA layout to WORKDIR/export and read back.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,9 @@ if TYPE_CHECKING:
     from mmjax.model import Model
 
 __all__ = ["load"]
+
+# transformers advises to install torch, which mmjax does without.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def load(path: str | Path, dtype: str = "float32", **options: Any) -> Model:
