@@ -1,12 +1,14 @@
 """Key tables: one list of rules between foreign tensors and our leaves, read in both directions.
 
-A rule names a foreign tensor and the leaf (or leaves) that it holds. `{i}` in the name stands for the layer: such
-tensors are the rows of one stacked leaf. `load` fills leaves from files, `tensors` makes foreign tensors from leaves.
+A rule names a foreign tensor and the leaf (or leaves) that it holds. `{i}` in the name stands for the layer, `{e}` for the
+expert: such tensors are the rows of one stacked leaf [layers, ...] or [layers, experts, ...]. `load` fills leaves from files,
+`tensors` makes foreign tensors from leaves.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
@@ -67,19 +69,37 @@ def leading(ones: int) -> Form:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """The foreign tensor(s) `name` hold the leaves `paths`, in this form, one after another on the foreign axis 0."""
+    """The foreign tensor(s) `name` hold the leaves `paths`, in this form, one after another on the foreign axis `axis`.
+
+    groups   into how many equal runs that axis is cut, each of which holds its share of every leaf (GPT-NeoX: one for each head)
+    """
 
     name: str
     paths: tuple[str, ...]
     form: Form = same
+    axis: int = 0
+    groups: int = 1
 
     @property
-    def stacked(self) -> bool:
-        return "{i}" in self.name
+    def stacked(self) -> int:
+        """How many leading axes of the leaves are spread over tensors."""
+        return ("{i}" in self.name) + ("{e}" in self.name)
+
+    def index(self, shape: Shape) -> list[tuple[int, ...]]:
+        """For a leaf of this shape, which rows of it the foreign tensors hold, in order."""
+        return list(np.ndindex(*shape[: self.stacked]))
+
+    def foreign_name(self, at: tuple[int, ...]) -> str:
+        """The tensor that holds this row."""
+        axes = [axis for axis in ("{i}", "{e}") if axis in self.name]
+        name = self.name
+        for axis, i in zip(axes, at):
+            name = name.replace(axis, str(i))
+        return name
 
 
-def rule(name: str, *paths: str, form: Form = same) -> Rule:
-    return Rule(name, paths, form)
+def rule(name: str, *paths: str, form: Form = same, axis: int = 0, groups: int = 1) -> Rule:
+    return Rule(name, paths, form, axis, groups)
 
 
 def linear(name: str, path: str, bias: bool = True) -> list[Rule]:
@@ -101,14 +121,35 @@ def prefixed(prefix: str, rules: Iterable[Rule]) -> list[Rule]:
 
 @dataclasses.dataclass(frozen=True)
 class Piece:
-    """Where one row of a leaf is (or all of it, if it is not stacked): rows `start:stop` of a foreign tensor."""
+    """Where one row of a leaf is (or all of it, if it is not stacked): `start:stop` of each group on an axis of a foreign tensor."""
 
     name: str
-    stacked: bool
+    rule: Rule
     start: int
     stop: int
-    form: Form
     shape: Shape  # of the whole foreign tensor
+
+    def cut(self, whole: np.ndarray) -> np.ndarray:
+        """This piece of the foreign tensor, in the foreign form."""
+        if len(self.rule.paths) == 1:
+            return whole
+        axis, groups = self.rule.axis, self.rule.groups
+        if groups == 1:
+            return whole[(slice(None),) * axis + (slice(self.start, self.stop),)]
+        parts = whole.reshape(*whole.shape[:axis], groups, -1, *whole.shape[axis + 1 :])
+        parts = parts[(slice(None),) * (axis + 1) + (slice(self.start, self.stop),)]
+        return parts.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 1 :])
+
+
+def joined(r: Rule, parts: list[np.ndarray]) -> np.ndarray:
+    """The foreign tensor made of its parts, in the foreign form."""
+    if len(parts) == 1:
+        return parts[0]
+    if r.groups == 1:
+        return np.concatenate(parts, r.axis)
+    apart = [p.reshape(*p.shape[: r.axis], r.groups, -1, *p.shape[r.axis + 1 :]) for p in parts]
+    whole = np.concatenate(apart, r.axis + 1)
+    return whole.reshape(*whole.shape[: r.axis], -1, *whole.shape[r.axis + 2 :])
 
 
 def renamed(stored: Mapping[str, Stored], spellings: Iterable[tuple[str, str]]) -> dict[str, Stored]:
@@ -217,25 +258,28 @@ def tensors(
         if r.form is counter:
             made.append(Tensor(r.name, (), np.dtype(np.int64), lambda: np.zeros((), np.int64)))
             continue
-        for i in range(flat[r.paths[0]].shape[0]) if r.stacked else [None]:
-            name = r.name if i is None else r.name.replace("{i}", str(i))
-            piece = pieces[r.paths[0]][i or 0]
+        for k, at in enumerate(r.index(flat[r.paths[0]].shape)):
+            piece = pieces[r.paths[0]][k]
             held = np.dtype(flat[r.paths[0]].dtype)
             kind = np.dtype(dtype or (ml_dtypes.bfloat16 if held == np.uint16 else held))
 
-            def make(r=r, i=i, kind=kind) -> np.ndarray:
-                rows = [r.form.foreign(change(path, i, row(flat[path], i))) for path in r.paths]
-                return np.asarray(rows[0] if len(rows) == 1 else np.concatenate(rows), kind)
+            def make(r=r, at=at, kind=kind) -> np.ndarray:
+                layer = at[0] if at else None
+                rows = [r.form.foreign(change(path, layer, row(flat[path], *at))) for path in r.paths]
+                return np.asarray(joined(r, rows), kind)
 
-            made.append(Tensor(name, piece.shape, kind, make))
+            made.append(Tensor(piece.name, piece.shape, kind, make))
     return made
 
 
-def row(leaf: Any, i: int | None) -> np.ndarray:
-    """Layer i of a stacked leaf, or the whole of another. Kernels held as bfloat16 bits become numbers again."""
-    if i is not None:
-        # The index is data, so that one compiled slice serves all layers.
-        leaf = leaf[i] if isinstance(leaf, np.ndarray) else jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+def row(leaf: Any, *at: int | None) -> np.ndarray:
+    """Layer `at[0]` of a stacked leaf (and expert `at[1]` of it), or the whole of another. Kernels held as bfloat16 bits become
+    numbers again.
+    """
+    for i in at:
+        if i is not None:
+            # The index is data, so that one compiled slice serves all layers.
+            leaf = leaf[i] if isinstance(leaf, np.ndarray) else jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
     array = np.asarray(leaf)
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
 
@@ -256,13 +300,15 @@ def _pieces(rules: list[Rule], flat: Mapping[str, Any]) -> dict[str, list[Piece]
                 raise ValueError(f"two rules fill {path}")
             if path not in flat:
                 raise ValueError(f"rule {r.name} fills {path}, which the model does not have")
-        shapes = [r.form.shape(tuple(flat[path].shape[1 if r.stacked else 0 :])) for path in r.paths]
-        whole = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if len(shapes) > 1 else shapes[0]
+        shapes = [r.form.shape(tuple(flat[path].shape[r.stacked :])) for path in r.paths]
+        whole = shapes[0]
+        if len(shapes) > 1:
+            whole = (*whole[: r.axis], sum(shape[r.axis] for shape in shapes), *whole[r.axis + 1 :])
         start = 0
         for path, shape in zip(r.paths, shapes):
-            stop = start + (shape[0] if shape else 1)
-            names = [r.name.replace("{i}", str(i)) for i in range(flat[path].shape[0])] if r.stacked else [r.name]
-            found[path] = [Piece(name, r.stacked, start, stop, r.form, whole) for name in names]
+            stop = start + (shape[r.axis] // r.groups if shape else 1)
+            names = [r.foreign_name(at) for at in r.index(flat[path].shape)]
+            found[path] = [Piece(name, r, start, stop, whole) for name in names]
             start = stop
     return found
 
@@ -274,11 +320,10 @@ def _leaf(stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype
         key = tuple(s.indices(n) for s, n in zip(index, shape))
         if key not in made:
             out = np.empty([len(range(*bounds)) for bounds in key], dtype)
-            if pieces[0].stacked:
-                for row, layer in enumerate(range(*key[0])):
-                    out[row] = _read(stored, pieces[layer])[index[1:]]
-            else:
-                out[...] = _read(stored, pieces[0])[index]
+            stacked = pieces[0].rule.stacked
+            for to, at in zip(np.ndindex(*out.shape[:stacked]), itertools.product(*(range(*b) for b in key[:stacked]))):
+                piece = pieces[int(np.ravel_multi_index(at, shape[:stacked])) if stacked else 0]
+                out[to] = _read(stored, piece)[index[stacked:]]
             made[key] = out
         return made[key]
 
@@ -288,8 +333,7 @@ def _leaf(stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype
 
 
 def _read(stored: Mapping[str, Stored], piece: Piece) -> np.ndarray:
-    array = stored[piece.name].read()
-    return piece.form.ours(array[piece.start : piece.stop] if piece.shape else array)
+    return piece.rule.form.ours(piece.cut(stored[piece.name].read()))
 
 
 def _equal(a: Stored, b: Stored) -> bool:

@@ -107,7 +107,8 @@ def run_language(
         found["loss"] = (losses * batch.weights).sum() / batch.weights.sum()
     if states:
         assert decoded.states is not None
-        found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers + 1)})
+        found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers)})
+        found[f"hidden_states_{config.llm.layers}"] = decoded.last
     return found
 
 

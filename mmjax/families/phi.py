@@ -38,7 +38,7 @@ def _read(config: Config, where: str) -> ModelConfig:
                 output_bias=True,
                 mlp_bias=True,
                 rope=read_rope(fields, fraction=ROTATED, partial=True),
-                parallel=True,
+                parallel_norms=1,
             ),
             max_positions=fields.get("max_position_embeddings", 2048),
             head_bias=True,

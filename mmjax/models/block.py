@@ -1,4 +1,4 @@
-"""The one transformer block, used by the decoder, the vision transformer and the text tower."""
+"""The one transformer block, used by the decoder, the encoder-decoder, the vision transformer and the text tower."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmjax.models.attention import Mask, attention
 from mmjax.models.config import BlockConfig, LoraConfig
+from mmjax.models.experts import MixtureOfExperts
 from mmjax.models.layers import MLP, Linear, Norm, dropped
 from mmjax.models.rope import rotate
 
@@ -32,6 +34,26 @@ class LayerPorts:
     before: tuple[Callable, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What a block is run with besides its input.
+
+    rotation   cosines and sines of the rotary embedding [rows, T, rotated / 2]
+    bias       added to the scores, broadcast to [rows, heads, T, S]
+    store      with a cache: writes this layer's new keys and values, and returns those of all slots
+    memory     for blocks with cross-attention: keys and values [rows, S, kv_heads, dim] (see `memory_keys_values`), and their mask
+    route      is handed the router's logits of a mixture of experts, float32 [rows, T, experts]
+    """
+
+    mask: Mask
+    rotation: tuple[jax.Array, jax.Array] | None = None
+    bias: jax.Array | None = None
+    store: Callable[[jax.Array, jax.Array], KeysValues] | None = None
+    memory: tuple[jax.Array, jax.Array, Mask] | None = None
+    route: Callable[[jax.Array], None] | None = None
+    ports: LayerPorts = LayerPorts()
+
+
 class Attention(nn.Module):
     """Self-attention: x [rows, T, width] -> [rows, T, width]; with a cache, over what was written before as well."""
 
@@ -41,48 +63,93 @@ class Attention(nn.Module):
     backend: str = "auto"
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: Mask,
-        rotation: tuple[jax.Array, jax.Array] | None = None,
-        store: Callable[[jax.Array, jax.Array], KeysValues] | None = None,
-        ports: LayerPorts = LayerPorts(),
-    ) -> jax.Array:
-        c = self.config
+    def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
+        c, mask, bias = self.config, around.mask, around.bias
 
         def linear(name: str, width: int, bias: bool) -> Linear:
             return Linear(width, bias, self.adapters, self.deterministic, name=name)
 
         def heads(name: str, count: int) -> jax.Array:
             y = linear(name, count * c.head_dim, c.qkv_bias)(x)
-            return y.reshape(*y.shape[:-1], count, c.head_dim)
+            if c.clip_qkv:
+                y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
+            whole = name != "value" and c.qk_norm
+            if whole and c.qk_norm_over == "width":
+                y = Norm(c.qk_norm, c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
+            y = y.reshape(*y.shape[:-1], count, c.head_dim)
+            if whole and c.qk_norm_over == "head":
+                y = Norm(c.qk_norm, c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
+            return y
 
         query, key, value = heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads)
-        if rotation is not None:
-            query, key = rotate(query, *rotation), rotate(key, *rotation)
-        if store is not None:
-            key, value = store(key, value)
+        if around.rotation is not None:
+            query, key = rotate(query, *around.rotation), rotate(key, *around.rotation)
+        if around.store is not None:
+            key, value = around.store(key, value)
         gated = []
-        for port in ports.keys_values:
+        for port in around.ports.keys_values:
             more_keys, more_values, gate = port(query)
             if gate is None:
                 key = jnp.concatenate([more_keys.astype(key.dtype), key], 1)
                 value = jnp.concatenate([more_values.astype(value.dtype), value], 1)
                 mask = dataclasses.replace(mask, free_keys=mask.free_keys + more_keys.shape[1])
+                if bias is not None:
+                    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (more_keys.shape[1], 0)))
             else:
                 own = attention(query, more_keys, more_values, Mask(causal=False), backend=self.backend)
                 gated.append(own * gate[:, None].astype(own.dtype))
-        y = attention(query, key, value, mask, backend=self.backend)
+        y = attention(
+            query, key, value, mask, bias=bias, softcap=c.softcap, scale=c.scale or None, backend=self.backend
+        )
         for extra in gated:
             y = y + extra
         return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
 
 
-class Block(nn.Module):
-    """Attention and MLP behind norms, with residuals: x [rows, T, width] -> the same.
+class CrossAttention(nn.Module):
+    """Attention of x [rows, T, width] to a memory's keys and values; its own projections of the memory stand beside, at `key`
+    and `value`, and are used by `memory_keys_values`."""
 
-    `dropout` acts on what each of the two adds to the residual.
+    config: BlockConfig
+    adapters: tuple[LoraConfig, ...] = ()
+    deterministic: bool = True
+    backend: str = "auto"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, memory: tuple[jax.Array, jax.Array, Mask]) -> jax.Array:
+        c, (key, value, mask) = self.config, memory
+
+        def linear(name: str, width: int, bias: bool) -> Linear:
+            return Linear(width, bias, self.adapters, self.deterministic, name=name)
+
+        if self.is_initializing():
+            for name in ("key", "value"):
+                linear(name, c.kv_heads * c.head_dim, c.qkv_bias)(jnp.zeros((1, c.memory_width), x.dtype))
+        query = linear("query", c.heads * c.head_dim, c.qkv_bias)(x)
+        query = query.reshape(*query.shape[:-1], c.heads, c.head_dim)
+        y = attention(query, key, value, mask, scale=c.scale or None, backend=self.backend)
+        return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
+
+
+def memory_keys_values(
+    layer: Any, config: BlockConfig, states: jax.Array, adapters: tuple[LoraConfig, ...] = ()
+) -> KeysValues:
+    """The keys and values [rows, S, kv_heads, dim] with which one layer's cross-attention reads states [rows, S, memory_width].
+    They stay the same while tokens are generated."""
+    width = config.kv_heads * config.head_dim
+
+    def project(name: str) -> jax.Array:
+        leaves = {"params": layer["cross_attention"][name]}
+        y: Any = Linear(width, config.qkv_bias, adapters).apply(leaves, states)
+        return y.reshape(*y.shape[:-1], config.kv_heads, config.head_dim)
+
+    return project("key"), project("value")
+
+
+class Block(nn.Module):
+    """Attention and MLP with norms and residuals (see BlockConfig): x [rows, T, width] -> the same.
+
+    `dropout` acts on what each of them adds to the residual. `mesh` is needed where experts are divided over one.
     """
 
     config: BlockConfig
@@ -90,38 +157,52 @@ class Block(nn.Module):
     deterministic: bool = True
     backend: str = "auto"
     dropout: float = 0.0
+    mesh: Mesh | None = None
 
     @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        mask: Mask,
-        rotation: tuple[jax.Array, jax.Array] | None = None,
-        store: Callable[[jax.Array, jax.Array], KeysValues] | None = None,
-        ports: LayerPorts = LayerPorts(),
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
         c = self.config
         settings: dict[str, Any] = {"adapters": self.adapters, "deterministic": self.deterministic}
-        attend = Attention(c, backend=self.backend, name="attention", **settings)
-        mlp = MLP(c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias, name="mlp", **settings)
 
-        def added(y: jax.Array) -> jax.Array:
+        def norm(name: str) -> Norm:
+            return Norm(c.norm, c.norm_eps, c.norm_bias, name=name)
+
+        def before(name: str, x: jax.Array) -> jax.Array:
+            return x if c.norm_place == "after" else norm(f"{name}_norm")(x)
+
+        def change(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
+            """What the sublayer adds to the residual, from its input x and its output y."""
+            for port in around.ports.sublayer:
+                y = port(name, x, y)
+            if c.norm_place == "both":
+                y = norm(f"{name}_post_norm")(y)
+            if c.layer_scale:
+                y = y * self.param(f"{name}_scale", nn.initializers.ones, (c.width,)).astype(y.dtype)
             active = self.dropout and not self.deterministic
             return dropped(y, self.dropout, self.make_rng("dropout")) if active else y
 
-        for port in ports.before:
+        def after(name: str, x: jax.Array) -> jax.Array:
+            return norm(f"{name}_norm")(x) if c.norm_place == "after" else x
+
+        def mlp(x: jax.Array) -> jax.Array:
+            if c.experts is None:
+                return MLP(c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias, name="mlp", **settings)(x)
+            y, logits = MixtureOfExperts(c.experts, c.mlp_width, c.activation, self.mesh, name="mlp")(x)
+            if around.route is not None:
+                around.route(logits)
+            return y
+
+        for port in around.ports.before:
             x = port(x)
-        h = Norm(c.norm, c.norm_eps, name="attention_norm")(x)
-        y = attend(h, mask, rotation, store, ports)
-        for port in ports.sublayer:
-            y = port("attention", x, y)
-        if c.parallel:
-            z = mlp(h)
-            for port in ports.sublayer:
-                z = port("mlp", x, z)
-            return x + added(y + z)
-        x = x + added(y)
-        z = mlp(Norm(c.norm, c.norm_eps, name="mlp_norm")(x))
-        for port in ports.sublayer:
-            z = port("mlp", x, z)
-        return x + added(z)
+        h = before("attention", x)
+        y = Attention(c, backend=self.backend, name="attention", **settings)(h, around)
+        y = change("attention", x, y)
+        if c.parallel_norms:
+            return x + y + change("mlp", x, mlp(h if c.parallel_norms == 1 else before("mlp", x)))
+        x = after("attention", x + y)
+        if c.memory_width:
+            assert around.memory is not None
+            crossed = CrossAttention(c, backend=self.backend, name="cross_attention", **settings)
+            y = crossed(before("cross_attention", x), around.memory)
+            x = after("cross_attention", x + change("cross_attention", x, y))
+        return after("mlp", x + change("mlp", x, mlp(before("mlp", x))))

@@ -9,30 +9,68 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, Union
 
+from jax.sharding import Mesh
+
 Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+
+
+NormKind = Literal["rms", "rms_plus_one", "layer"]
+"""RMS norm (arXiv 1910.07467); the same with 1 added to its scale (Gemma); layer norm (arXiv 1607.06450)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding (arXiv 2104.09864) and its published context extensions.
+    """Rotary position embedding (arXiv 2104.09864) and its published context extensions; see mmjax.models.rope.
 
     `fraction` of each head's channels is rotated, the rest passes through (phi, GPT-NeoX).
+
+    factor, original_length   of every extension
+    low/high_frequency_factor     llama3
+    max_length                    dynamic: positions up to here are not scaled
+    beta_fast, beta_slow, truncate    yarn: where the passage between scaled and unscaled wavelengths lies
+    short_factors, long_factors   longrope: divisors of each angle, for inputs up to `original_length` and beyond it
+    attention_factor              yarn, longrope: what cosines and sines are multiplied by
     """
 
     theta: float = 10000.0
     fraction: float = 1.0
-    kind: Literal["default", "linear", "llama3"] = "default"
+    kind: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
     factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0
     original_length: int = 0
+    max_length: int = 0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in the MLP's place (arXiv 2401.04088): each token goes to the `chosen` experts that its router rates
+    highest, and their outputs are added by the softmax of those ratings. No token is ever dropped."""
+
+    count: int
+    chosen: int
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockConfig:
-    """One pre-norm transformer block: attention and MLP, each behind a norm and a residual.
+    """One transformer block: attention and MLP, each with a norm and a residual.
 
-    `parallel` blocks have one norm, read by both (phi): x + attention(n(x)) + mlp(n(x)).
+    norm_place      "before": x + f(norm(x)); "after": norm(x + f(x)) (BERT); "both": x + norm'(f(norm(x))) (Gemma 2)
+    norm_bias       of layer norms
+    parallel_norms  0: attention, then the MLP. Else both read the same x, x + attention(norm(x)) + mlp(norm'(x)), through
+                    1 norm (phi) or 2 (GPT-NeoX)
+    qk_norm         a norm on queries and keys, over each head's channels or over all of them
+    scale           of the scores; 0 = 1 / sqrt(head_dim)
+    softcap         scores become softcap * tanh(scores / softcap); 0 = none
+    clip_qkv        queries, keys and values are clipped to +- this; 0 = not
+    layer_scale     a learned factor for each channel of what attention and MLP add (arXiv 2103.17239)
+    memory_width    width of the states that a cross-attention between attention and MLP reads; 0 = no cross-attention
     """
 
     width: int
@@ -41,22 +79,52 @@ class BlockConfig:
     head_dim: int
     mlp_width: int
     activation: Activation
-    norm: Literal["rms", "layer"]
+    norm: NormKind
     norm_eps: float
     gated_mlp: bool
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     rope: Rope | None = None
-    parallel: bool = False
+    norm_place: Literal["before", "after", "both"] = "before"
+    norm_bias: bool = True
+    parallel_norms: Literal[0, 1, 2] = 0
+    qk_norm: NormKind | Literal[""] = ""
+    qk_norm_over: Literal["head", "width"] = "head"
+    scale: float = 0.0
+    softcap: float = 0.0
+    clip_qkv: float = 0.0
+    layer_scale: bool = False
+    experts: Experts | None = None
+    memory_width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class RelativeBias:
+    """T5's learned bias of attention by bucketed distance (arXiv 1910.10683), one table for all layers."""
+
+    buckets: int
+    max_distance: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder-only language model.
+    """A language model: a stack of blocks between embeddings and a head. Causal, or (`causal=False`) an encoder such as BERT's.
 
     `windows` is the layer pattern: layer i attends within `windows[i % len(windows)]` positions, itself included
     (0 = no limit). Layers are stacked on axis 0 and scanned in groups of one period.
+
+    embed_width        of token embeddings and of the head's input, joined to the blocks by a Linear each (OPT-350m); 0 = block.width
+    embed_scale        what looked-up embeddings are multiplied by (Gemma); media tokens are not
+    learned_positions  rows of a table of learned positions; 0 = none. Position p takes row p + position_offset (2 in OPT)
+    token_types        rows of a table of segment kinds (BERT); 0 = none
+    embed_norm, final_norm   a norm before the first block and after the last
+    alibi              largest exponent of the slopes of ALiBi (arXiv 2108.12409); 0 = none
+    has_head           whether it predicts tokens at all
+    logit_scale, logit_softcap   logits * scale, then softcap * tanh(logits / softcap)
+    pooler             a Linear and tanh over the first position (BERT)
+    encoder            of an encoder-decoder (T5): its blocks, whose states `block.memory_width` reads; it shares the token embeddings
+    start_token        what an encoder-decoder's decoder begins with
     """
 
     vocab_size: int
@@ -66,6 +134,27 @@ class DecoderConfig:
     windows: tuple[int, ...] = (0,)
     tied_head: bool = False
     head_bias: bool = False
+    causal: bool = True
+    embed_width: int = 0
+    embed_scale: float = 1.0
+    learned_positions: int = 0
+    position_offset: int = 0
+    token_types: int = 0
+    embed_norm: bool = False
+    final_norm: bool = True
+    alibi: float = 0.0
+    relative_bias: RelativeBias | None = None
+    has_head: bool = True
+    logit_scale: float = 1.0
+    logit_softcap: float = 0.0
+    pooler: bool = False
+    encoder: DecoderConfig | None = None
+    start_token: int = 0
+
+    @property
+    def input_width(self) -> int:
+        """Width of token embeddings, and of the media tokens spliced among them."""
+        return self.embed_width or self.block.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,3 +347,4 @@ class Execution:
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
     unroll: int = 1  # layers of the scan unrolled into one loop body
+    mesh: Mesh | None = None  # where the parameters live; needed by what is divided by hand (experts)

@@ -1,4 +1,4 @@
-"""The one decoder-only language model, with the ports of the ground plan.
+"""The one language model, with the ports of the ground plan: decoder-only, or a half of an encoder-decoder.
 
     embeddings      the caller hands in [rows, length, width]; mmjax.models.multimodal splices media there
     linear          adapter leaves beside any kernel (mmjax.models.layers.Linear)
@@ -18,13 +18,23 @@ import jax.numpy as jnp
 
 from mmjax.models import ports
 from mmjax.models.attention import Mask
-from mmjax.models.block import Block
+from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import DecoderConfig, Execution, LoraConfig
-from mmjax.models.layers import Norm, apply, matmul
+from mmjax.models.layers import Linear, Norm, apply, fan_in_normal, matmul
+from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
 
 Params = dict[str, Any]
+
+
+class Memory(NamedTuple):
+    """What an encoder-decoder's decoder reads: keys and values of each layer's cross-attention [layers, rows, S, kv_heads, head_dim],
+    and int [rows, S], 0 where there is nothing to see."""
+
+    keys: jax.Array
+    values: jax.Array
+    segments: jax.Array
 
 
 class Cache(NamedTuple):
@@ -44,35 +54,67 @@ def empty_cache(config: DecoderConfig, rows: int, slots: int, dtype: Any) -> Cac
 
 def init(key: jax.Array, config: DecoderConfig) -> Params:
     """Fresh float32 parameters: normal with variance 1/fan-in; embeddings with variance 1/width."""
-    embed, layers, head = jax.random.split(key, 3)
-    width = config.block.width
+    keys = jax.random.split(key, 8)
+    block, width = config.block, config.block.width
     x = jnp.zeros((1, 1, width))
-    rope = config.block.rope
-    turn = rotation(rope, config.block.head_dim, jnp.zeros((1, 1), jnp.int32)) if rope else None
+    turn = rotation(block.rope, block.head_dim, jnp.zeros((1, 1), jnp.int32)) if block.rope else None
+    around = Surroundings(Mask(), turn, memory=_blank_memory(config))
+
+    def table(key: jax.Array, rows: int, columns: int) -> jax.Array:
+        return jax.random.normal(key, (rows, columns)) * columns**-0.5
+
+    def linear(key: jax.Array, inputs: int, outputs: int) -> Params:
+        return {"kernel": fan_in_normal(key, (inputs, outputs))}
+
+    embed: Params = {"embedding": table(keys[0], config.vocab_size, config.input_width)}
+    if config.learned_positions:
+        embed["positions"] = table(keys[3], config.learned_positions, width)
+    if config.token_types:
+        embed["token_types"] = table(keys[4], config.token_types, width)
+    if config.embed_norm:
+        embed["norm"] = _norm(config).init(key, x)["params"]
+    if config.embed_width:
+        embed["project_in"] = linear(keys[5], config.embed_width, width)
     params = {
-        "embed": {"embedding": jax.random.normal(embed, (config.vocab_size, width)) * width**-0.5},
-        "layers": init_stack(lambda k: Block(config.block).init(k, x, Mask(), turn)["params"], layers, config.layers),
-        "final_norm": _final_norm(config).init(key, x)["params"],
+        "embed": embed,
+        "layers": init_stack(lambda k: Block(block).init(k, x, around)["params"], keys[1], config.layers),
     }
-    if not config.tied_head:
-        params["head"] = {"kernel": nn.initializers.normal(width**-0.5)(head, (width, config.vocab_size))}
-        if config.head_bias:
-            params["head"]["bias"] = jnp.zeros(config.vocab_size)
+    if config.final_norm:
+        params["final_norm"] = _norm(config).init(key, x)["params"]
+    if config.relative_bias:
+        params["relative_bias"] = table(keys[6], config.relative_bias.buckets, block.heads)
+    if config.embed_width:
+        params["project_out"] = linear(keys[7], width, config.embed_width)
+    if config.pooler:
+        params["pooler"] = {**linear(keys[7], width, width), "bias": jnp.zeros(width)}
+    if config.has_head and not config.tied_head:
+        params["head"] = {"kernel": nn.initializers.normal(config.input_width**-0.5)(keys[2], (config.input_width, config.vocab_size))}
+    if config.head_bias:
+        params.setdefault("head", {})["bias"] = jnp.zeros(config.vocab_size)
+    if config.encoder is not None:
+        params["encoder"] = init(jax.random.fold_in(key, 1), config.encoder)
+        del params["encoder"]["embed"]["embedding"]  # the two halves share one
+        if not params["encoder"]["embed"]:
+            del params["encoder"]["embed"]
     return params
 
 
-def embed(params: Params, tokens: jax.Array, run: Execution) -> jax.Array:
-    """int [rows, length] -> [rows, length, width]."""
-    return params["embed"]["embedding"][tokens].astype(run.dtype)
+def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Execution) -> jax.Array:
+    """Token embeddings: int [rows, length] -> [rows, length, input width]. Positions and the like are added by `decode`."""
+    x = params["embed"]["embedding"][tokens].astype(run.dtype)
+    # As the references do: the factor is rounded to the activations' dtype first.
+    return x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1.0 else x
 
 
 class Decoded(NamedTuple):
-    """`last` [rows, length, width] after the final norm; the cache, if one was given; on request the states
-    [layers + 1, rows, length, width] as transformers counts them (embeddings first; the last one is `last`)."""
+    """`last` [rows, length, input width], what the head reads; the cache, if one was given; on request the inputs of all blocks,
+    `states` [layers, rows, length, width] (transformers' hidden_states without the last one, which is `last`); of a mixture of
+    experts the router's logits, float32 [layers, rows, length, experts]."""
 
     last: jax.Array
     cache: Cache | None
     states: jax.Array | None
+    router: jax.Array | None = None
 
 
 def decode(
@@ -87,30 +129,36 @@ def decode(
     adapters: tuple[LoraConfig, ...] = (),
     plugs: tuple[ports.Plug, ...] = (),
     cache: Cache | None = None,
+    memory: Memory | None = None,
+    token_types: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     return_states: bool = False,
 ) -> Decoded:
-    """Runs the blocks over embeddings x [rows, length, width].
+    """Runs the blocks over embeddings x [rows, length, input width].
 
-    segments, positions: int [rows, length] as in mmjax.batch.Batch. With a cache the new keys are written at its next slots
-    (the same for all rows: prompts are padded on the left) and attention runs over all slots. Without a `dropout_key` nothing is
-    dropped, in blocks or adapters.
+    segments, positions: int [rows, length] as in mmjax.batch.Batch; token_types: int [rows, length], 0 where not given. With a cache
+    the new keys are written at its next slots (the same for all rows: prompts are padded on the left) and attention runs over all
+    slots. Without a `dropout_key` nothing is dropped, in blocks or adapters.
     """
     period = len(config.windows)
     turn = rotation(config.block.rope, config.block.head_dim, positions) if config.block.rope else None
-    mask = dataclasses.replace(mask, query_segments=segments, key_segments=segments)
+    mask = dataclasses.replace(mask, causal=config.causal, query_segments=segments, key_segments=segments)
     slot: Any = 0
     if cache is not None:
         slot = cache.next
         held = jax.lax.dynamic_update_slice(cache.segments, segments.astype(jnp.int32), (0, slot))
         mask = dataclasses.replace(mask, key_segments=held, offset=slot)
         cache = cache._replace(segments=held, next=slot + x.shape[1])
-    block = Block(config.block, adapters, dropout_key is None, run.attention, dropout)
+    bias = _position_bias(params, config, x.shape[1], slot, x.shape[1] if cache is None else cache.segments.shape[1])
+    block = Block(config.block, adapters, dropout_key is None, run.attention, dropout, run.mesh)
+    x = _into_blocks(params, config, x, positions, token_types)
 
     def body(carry, layer, j, index, extra):
         x, keys, values = carry
+        plugged, remembered = extra
         stored: list[jax.Array] = []
+        routed: list[jax.Array] = []
 
         def store(key, value):
             at: Any = (index, 0, slot, 0, 0)
@@ -120,48 +168,98 @@ def decode(
             ]
             return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(x.dtype) for a in stored)
 
-        rngs = {"dropout": jax.random.fold_in(dropout_key, index)} if dropout_key is not None else None
-        x = apply(
-            block,
-            layer,
-            x,
-            dataclasses.replace(mask, window=config.windows[j]),
-            turn,
-            store if cache is not None else None,
-            ports.bind(plugs, extra),
-            rngs=rngs,
+        around = Surroundings(
+            mask=dataclasses.replace(mask, window=config.windows[j]),
+            rotation=turn,
+            bias=bias,
+            store=store if cache is not None else None,
+            memory=None if memory is None else (*remembered, _memory_mask(memory, segments)),
+            route=routed.append,
+            ports=ports.bind(plugs, plugged),
         )
-        return (x, *(stored or (keys, values))), x if return_states else None
+        rngs = {"dropout": jax.random.fold_in(dropout_key, index)} if dropout_key is not None else None
+        entered = x if return_states else None
+        x = apply(block, layer, x, around, rngs=rngs)
+        return (x, *(stored or (keys, values))), (entered, routed[0] if routed else None)
 
     carry = (x, cache.keys, cache.values) if cache is not None else (x, None, None)
-    extras = _plug_rows(params, config, plugs, period)
-    (last, keys, values), states = run_stack(
+    extras = _extras(params, config, plugs, memory, period)
+    (last, keys, values), (states, router) = run_stack(
         body, carry, params["layers"], layers=config.layers, period=period, extras=extras, run=run
     )
-    last = apply(_final_norm(config), params["final_norm"], last)
-    if return_states:
-        states = jnp.concatenate([x[None], states[:-1], last[None]])
-    return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states)
+    if config.final_norm:
+        last = apply(_norm(config), params["final_norm"], last)
+    if config.embed_width:
+        last = apply(Linear(config.embed_width, False, adapters), params["project_out"], last)
+    return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states, router)
 
 
 def head(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
-    """float32 logits [..., vocab] of hidden states after the final norm."""
+    """float32 logits [..., vocab] of what `decode` returned as `last`."""
     kernel = params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
     logits = matmul(hidden, kernel).astype(jnp.float32)
     if config.head_bias:
         logits = logits + params["head"]["bias"].astype(jnp.float32)
+    if config.logit_scale != 1.0:
+        logits = logits * config.logit_scale
+    if config.logit_softcap:
+        logits = config.logit_softcap * jnp.tanh(logits / config.logit_softcap)
     return logits
 
 
-def _final_norm(config: DecoderConfig) -> Norm:
-    return Norm(config.block.norm, config.block.norm_eps)
+def pool(params: Params, last: jax.Array) -> jax.Array:
+    """BERT's pooler over the first position: [rows, length, width] -> [rows, width]."""
+    return jnp.tanh(apply(Linear(last.shape[-1]), params["pooler"], last[:, 0]))
 
 
-def _plug_rows(params: Mapping, config: DecoderConfig, plugs: tuple[ports.Plug, ...], period: int) -> tuple[dict, ...]:
-    """For each layer of the period, the rows of the plugs that sit there."""
+def _norm(config: DecoderConfig) -> Norm:
+    return Norm(config.block.norm, config.block.norm_eps, config.block.norm_bias)
+
+
+def _into_blocks(
+    params: Params, config: DecoderConfig, x: jax.Array, positions: jax.Array, token_types: jax.Array | None
+) -> jax.Array:
+    """Embeddings [rows, length, input width] -> the first block's input [rows, length, width]."""
+    if config.embed_width:
+        x = apply(Linear(config.block.width, False), params["embed"]["project_in"], x)
+    if config.learned_positions:
+        x = x + params["embed"]["positions"][positions + config.position_offset].astype(x.dtype)
+    if config.token_types:
+        kinds = jnp.zeros(x.shape[:2], jnp.int32) if token_types is None else token_types
+        x = x + params["embed"]["token_types"][kinds].astype(x.dtype)
+    return apply(_norm(config), params["embed"]["norm"], x) if config.embed_norm else x
+
+
+def _position_bias(params: Params, config: DecoderConfig, queries: int, first: Any, keys: int) -> jax.Array | None:
+    """What is added to the scores of all layers, [1, heads, queries, keys]: a function of how far apart slots are."""
+    distance = jnp.arange(keys)[None, :] - (jnp.arange(queries)[:, None] + first)
+    if config.alibi:
+        return alibi_bias(config.block.heads, config.alibi, distance)
+    if config.relative_bias:
+        return relative_bias(params["relative_bias"], config.relative_bias, distance, bidirectional=not config.causal)
+    return None
+
+
+def _blank_memory(config: DecoderConfig) -> tuple[jax.Array, jax.Array, Mask] | None:
+    if not config.block.memory_width:
+        return None
+    blank = jnp.zeros((1, 1, config.block.kv_heads, config.block.head_dim))
+    return blank, blank, Mask(causal=False)
+
+
+def _memory_mask(memory: Memory, segments: jax.Array) -> Mask:
+    """Every position sees the whole memory of its row."""
+    return Mask(causal=False, query_segments=jnp.ones_like(segments), key_segments=(memory.segments > 0).astype(jnp.int32))
+
+
+def _extras(
+    params: Mapping, config: DecoderConfig, plugs: tuple[ports.Plug, ...], memory: Memory | None, period: int
+) -> tuple[tuple, ...]:
+    """For each layer of the period: the rows of the plugs that sit there, and of the memory, one for each group."""
     groups = -(-config.layers // period)
     extras = []
     for residue in range(period):
         rows = {plug.name: ports.rows_for(plug, params["plugs"][plug.name], residue, period, groups) for plug in plugs}
-        extras.append({name: found for name, found in rows.items() if found is not None})
+        remembered = None if memory is None else (memory.keys[residue::period], memory.values[residue::period])
+        extras.append(({name: found for name, found in rows.items() if found is not None}, remembered))
     return tuple(extras)

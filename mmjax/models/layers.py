@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.models.config import Activation, LoraConfig
+from mmjax.models.config import Activation, LoraConfig, NormKind
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -91,10 +91,11 @@ def apply(module: nn.Module, params: Any, *args: Any, **settings: Any) -> jax.Ar
 
 
 class Norm(nn.Module):
-    """RMS norm (arXiv 1910.07467) or layer norm with bias over the last axis, computed in float32."""
+    """A norm over the last axis, computed in float32; see mmjax.models.config.NormKind."""
 
-    kind: str
+    kind: NormKind
     eps: float
+    use_bias: bool = True  # of layer norms
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -103,8 +104,10 @@ class Norm(nn.Module):
         if self.kind == "layer":
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
-        y = y * self.param("scale", nn.initializers.ones, (width,)).astype(jnp.float32)
-        if self.kind == "layer":
+        initial = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
+        scale = self.param("scale", initial, (width,)).astype(jnp.float32)
+        y = y * (1 + scale if self.kind == "rms_plus_one" else scale)
+        if self.kind == "layer" and self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
         return y.astype(x.dtype)
 

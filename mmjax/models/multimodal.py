@@ -75,7 +75,7 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
     A gather: each position picks its media token or keeps its text embedding. Rows reach into their own group only, so no
     features cross devices when groups and rows are sharded alike.
     """
-    x = decoder.embed(params["llm"], batch.tokens, run)
+    x = decoder.embed(params["llm"], config.language, batch.tokens, run)
     media = encode_media(params, config, batch, run)
     if media is None:
         return x
@@ -125,7 +125,7 @@ def decode_token(
     out = decoder.decode(
         params["llm"],
         config.language,
-        decoder.embed(params["llm"], token[:, None], run),
+        decoder.embed(params["llm"], config.language, token[:, None], run),
         segments=segment[:, None],
         positions=position[:, None],
         run=run,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.attention import Mask
-from mmjax.models.block import Block
+from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import Execution, TextTowerConfig
 from mmjax.models.layers import Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack
@@ -24,7 +24,7 @@ def init(key: jax.Array, config: TextTowerConfig) -> Params:
     params: Params = {
         "embed": {"embedding": jax.random.normal(keys[0], (config.vocab_size, width)) * 0.02},
         "positions": jax.random.normal(keys[1], (config.max_positions, width)) * 0.02,
-        "layers": init_stack(lambda k: Block(config.block).init(k, x, Mask())["params"], keys[2], config.layers),
+        "layers": init_stack(lambda k: Block(config.block).init(k, x, Surroundings(Mask()))["params"], keys[2], config.layers),
         "final_norm": Norm(config.block.norm, config.block.norm_eps).init(key, x)["params"],
         "projection": {"kernel": fan_in_normal(keys[3], (width, config.projection))},
     }
@@ -46,7 +46,7 @@ def encode(
     mask = Mask(causal=config.causal, query_segments=everyone, key_segments=segments)
 
     def body(x, layer, j, index, extra):
-        x = apply(block, layer, x, mask)
+        x = apply(block, layer, x, Surroundings(mask))
         return x, x
 
     last, states = run_stack(body, x, params["layers"], layers=config.layers, run=run)

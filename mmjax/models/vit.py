@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models.attention import Mask, attention
-from mmjax.models.block import Block
+from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import Execution, FeatureSpec, LoraConfig, ViTConfig
 from mmjax.models.layers import MLP, Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack
@@ -27,7 +27,7 @@ def init(key: jax.Array, config: ViTConfig) -> Params:
         "patch": {"kernel": fan_in_normal(keys[0], (patch, width))},
         "positions": jax.random.normal(keys[1], (config.positions + config.class_token, width)) * 0.02,
         "layers": init_stack(
-            lambda k: Block(config.block).init(k, x, Mask(causal=False))["params"], keys[2], config.layers
+            lambda k: Block(config.block).init(k, x, Surroundings(Mask(causal=False)))["params"], keys[2], config.layers
         ),
     }
     if config.patch_bias:
@@ -58,7 +58,7 @@ def hidden_states(
     block = Block(config.block, adapters, backend=run.attention)
 
     def body(x, layer, j, index, extra):
-        x = apply(block, layer, x, Mask(causal=False))
+        x = apply(block, layer, x, Surroundings(Mask(causal=False)))
         return x, x
 
     layers = config.layers if layers is None else layers
@@ -96,7 +96,7 @@ def features(
     block = Block(config.block, adapters, backend=run.attention)
 
     def body(x, layer, j, index, extra):
-        x = apply(block, layer, x, Mask(causal=False))
+        x = apply(block, layer, x, Surroundings(Mask(causal=False)))
         return x, x if len(wanted) > 1 else None
 
     last, states = x, None

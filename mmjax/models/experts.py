@@ -1,0 +1,121 @@
+"""A mixture of experts in the MLP's place: dropless, computed as grouped matrix products, divided over the mesh's `expert` axis."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from mmjax.models.config import Activation, Experts
+from mmjax.models.layers import ACTIVATIONS, matmul, stored
+from mmjax.parallel.mesh import DATA_AXES, data_shards
+
+
+class MixtureOfExperts(nn.Module):
+    """x [rows, T, width] -> (y [rows, T, width], the router's logits, float32 [rows, T, experts]); arXiv 2401.04088.
+
+    On a mesh tokens stay on their own data shard; each shard of the `expert` axis holds and runs its own experts, on the tokens that
+    chose them, and the outputs of those shards are added.
+    """
+
+    experts: Experts
+    hidden: int
+    activation: Activation
+    mesh: Mesh | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        count, width = self.experts.count, x.shape[-1]
+        logits = matmul(x, _Kernel((width, count), name="router")()).astype(jnp.float32)
+        weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, -1), self.experts.chosen)
+        weights = (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
+        kernels = tuple(
+            _Kernel((count, *shape), name=f"experts_{name}")()
+            for name, shape in (
+                ("gate", (width, self.hidden)),
+                ("up", (width, self.hidden)),
+                ("down", (self.hidden, width)),
+            )
+        )
+        tokens = x.reshape(-1, width)
+        weights, chosen = weights.reshape(len(tokens), -1), chosen.reshape(len(tokens), -1)
+        run = partial(_run, activation=self.activation)
+        if self.mesh is None or self.mesh.size == 1:
+            y = run(tokens, weights, chosen, *kernels)
+        else:
+            divisible = x.shape[0] % data_shards(self.mesh) == 0
+            rows, own = PartitionSpec(DATA_AXES if divisible else None), PartitionSpec("expert")
+            y = jax.shard_map(
+                lambda *inputs: jax.lax.psum(run(*inputs, first=jax.lax.axis_index("expert") * inputs[3].shape[0]), "expert"),
+                mesh=self.mesh,
+                in_specs=(rows,) * 3 + (own,) * 3,
+                out_specs=rows,
+                axis_names={"expert", *DATA_AXES},
+                check_vma=False,
+            )(tokens, weights, chosen, *kernels)
+        return y.reshape(x.shape), logits
+
+
+class _Kernel(nn.Module):
+    """A leaf `kernel`; the last two axes are [in, out]."""
+
+    shape: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        batch = tuple(range(len(self.shape) - 2))
+        return self.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=batch), self.shape)
+
+
+def _run(
+    tokens: jax.Array,
+    weights: jax.Array,
+    chosen: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    *,
+    activation: Activation,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """What experts first, first + 1, ... (those of the kernels) add to each token, [tokens, width].
+
+    tokens [tokens, width]; weights and chosen [tokens, k]; kernels [experts, in, out]. Each token is copied once for each expert it
+    chose, the copies are sorted by expert, and each expert multiplies its own run of them.
+    """
+    experts, (count, k) = gate.shape[0], chosen.shape
+    local = chosen.reshape(-1) - first
+    local = jnp.where((local >= 0) & (local < experts), local, experts)  # those of other shards come last
+    order = jnp.argsort(local, stable=True)
+    sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
+    x = tokens[order // k]
+    h = ACTIVATIONS[activation](grouped(x, gate, sizes)) * grouped(x, up, sizes)
+    y = grouped(h, down, sizes) * weights.reshape(-1)[order][:, None]
+    y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
+    return jnp.zeros_like(tokens).at[order // k].add(y)
+
+
+@jax.checkpoint
+def grouped(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out].
+
+    Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.layers.matmul).
+    """
+    return jax.lax.ragged_dot(x, stored(kernels).astype(x.dtype), sizes)
+
+
+def balance_loss(logits: jax.Array, real: jax.Array, chosen: int) -> jax.Array:
+    """The load-balancing loss of all layers together (arXiv 2101.03961, equations 4 to 6, over k chosen experts): experts times the
+    sum over experts of the share of tokens sent there times the mean of the router's probability; `chosen` at perfect balance.
+
+    logits  float32 [layers, rows, T, experts]; real  bool [rows, T]: tokens that count
+    """
+    experts = logits.shape[-1]
+    probabilities = jax.nn.softmax(logits, -1)
+    sent = jax.nn.one_hot(jax.lax.top_k(probabilities, chosen)[1], experts).sum(-2)
+    share = real.astype(jnp.float32)[None, :, :, None]
+    total = jnp.maximum(share.sum() * logits.shape[0], 1)
+    return experts * ((sent * share).sum((0, 1, 2)) / total * ((probabilities * share).sum((0, 1, 2)) / total)).sum()
