@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from mmjax.errors import UserError
 from mmjax.families import language, llama
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
@@ -27,8 +26,9 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 def _write(config: ModelConfig, base: Config) -> Config:
     assert config.llm is not None
-    if len(config.llm.windows) != 1 or config.llm.block.qkv_bias or config.llm.block.mlp_bias:
-        raise UserError("this decoder is not a Mistral: its layers differ in their windows, or it has biases")
+    block = config.llm.block
+    fits = llama.plain(block) and block.norm == "rms" and not (block.qkv_bias or block.mlp_bias or block.qk_norm)
+    llama.require(fits and len(config.llm.windows) == 1, "Mistral", "its layers differ in their windows, or it has biases")
     written = llama.write_decoder(config.llm, base, "mistral", "MistralForCausalLM")
     return {**written, "sliding_window": config.llm.windows[0] or None}
 

@@ -5,10 +5,40 @@ from __future__ import annotations
 from typing import Mapping
 
 from mmjax.errors import UserError
-from mmjax.families import clip_vision, llama, mistral, mobilenet_v2, phi, qwen2, siglip_vision
+from mmjax.families import (
+    clip_vision,
+    gemma,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    mobilenet_v2,
+    mpt,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    siglip_vision,
+)
 from mmjax.families.family import Config, Family
 
-LANGUAGE = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, phi.FAMILY)
+LANGUAGE = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    mixtral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma.FAMILY,
+    gemma.SECOND,
+    phi.FAMILY,
+    phi3.FAMILY,
+    opt.FAMILY,
+    gpt2.FAMILY,
+    gpt_neox.FAMILY,
+    mpt.FAMILY,
+)
 VISION = (clip_vision.FAMILY, siglip_vision.FAMILY, mobilenet_v2.FAMILY)
 
 

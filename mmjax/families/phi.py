@@ -4,21 +4,23 @@ everywhere.
 
 from __future__ import annotations
 
-from mmjax.families import language
+from mmjax.families import language, llama
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule
-from mmjax.families.rope import read_rope, write_rope
-from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
+from mmjax.families.rope import read_rope, rope_fields
+from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig, Rope
 
 ROTATED = 0.5  # share of a head's channels, where a config says nothing
 
 
+def _rope(fields: Fields) -> Rope:
+    return read_rope(fields, fraction=ROTATED, partial=True)
+
+
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
-    fields.only("qk_layernorm", False)
     fields.only("quantization_config")
-    fields.only("tie_word_embeddings", False)
     width, heads = fields.need("hidden_size"), fields.need("num_attention_heads")
     return ModelConfig(
         llm=DecoderConfig(
@@ -37,10 +39,12 @@ def _read(config: Config, where: str) -> ModelConfig:
                 qkv_bias=True,
                 output_bias=True,
                 mlp_bias=True,
-                rope=read_rope(fields, fraction=ROTATED, partial=True),
+                rope=_rope(fields),
                 parallel_norms=1,
+                qk_norm="layer" if fields.get("qk_layernorm", False) else "",
             ),
             max_positions=fields.get("max_position_embeddings", 2048),
+            tied_head=fields.get("tie_word_embeddings", False),
             head_bias=True,
         )
     )
@@ -49,9 +53,11 @@ def _read(config: Config, where: str) -> ModelConfig:
 def _write(config: ModelConfig, base: Config) -> Config:
     assert config.llm is not None
     decoder, block, rope = config.llm, config.llm.block, config.llm.block.rope
+    fits = block.norm == "layer" and block.parallel_norms == 1 and block.mlp_bias and not block.gated_mlp
+    llama.require(fits and rope is not None and decoder.head_bias, "Phi", "its norms, MLP or head are others")
     assert rope is not None
-    written: Config = {
-        **base,
+    return {
+        **rope_fields(rope, base, _rope),
         "architectures": base.get("architectures") or ["PhiForCausalLM"],
         "model_type": "phi",
         "vocab_size": decoder.vocab_size,
@@ -63,13 +69,9 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "hidden_act": activation_name(block.activation, base.get("hidden_act", "gelu_new")),
         "layer_norm_eps": block.norm_eps,
         "max_position_embeddings": decoder.max_positions,
-        "tie_word_embeddings": False,
+        "qk_layernorm": bool(block.qk_norm),
+        "tie_word_embeddings": decoder.tied_head,
     }
-    if not base or read_rope(Fields(base), fraction=ROTATED, partial=True) != rope:
-        for old in ("rope_scaling", "rope_theta", "partial_rotary_factor"):
-            written.pop(old, None)
-        written["rope_parameters"] = {"partial_rotary_factor": rope.fraction, **write_rope(rope)}
-    return written
 
 
 def rules(config: ModelConfig, foreign: Config) -> list[Rule]:
@@ -80,7 +82,10 @@ def rules(config: ModelConfig, foreign: Config) -> list[Rule]:
     for theirs, name in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("dense", "output")):
         table += linear(f"{layer}self_attn.{theirs}", f"{ours}attention/{name}")
     table += linear(layer + "mlp.fc1", ours + "mlp/up") + linear(layer + "mlp.fc2", ours + "mlp/down")
-    return table + norm("model.final_layernorm", "llm/final_norm") + linear("lm_head", "llm/head")
+    for theirs, name in (("q", "query"), ("k", "key")) if config.llm.block.qk_norm else ():
+        table += norm(f"{layer}self_attn.{theirs}_layernorm", f"{ours}attention/{name}_norm")
+    table += norm("model.final_layernorm", "llm/final_norm")
+    return table + ([rule("lm_head.bias", "llm/head/bias")] if config.llm.tied_head else linear("lm_head", "llm/head"))
 
 
 FAMILY = Family(
@@ -91,4 +96,5 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    copies=llama.copies,
 )
