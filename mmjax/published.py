@@ -68,10 +68,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def open_published(directory: Path) -> Published:
-    """What the directory's config.json says; no weights are read."""
+    """What the directory's config.json says; no weights are read, at most their names."""
     where = str(directory / "config.json")
     foreign = read_json(directory / "config.json")
     family = find(foreign, where)
+    if family.complete is not None and any((directory / name).is_file() for name in weights.NAMES):
+        foreign = family.complete(foreign, _tensors(directory, family))
     for part, name in family.external(foreign).items():
         # The config of a part that is published elsewhere stands only there.
         if not foreign.get(f"{part}_config"):
@@ -87,7 +89,7 @@ def load_leaves(
     published.
     """
     rules = source.family.rules(source.config, source.foreign)
-    stored = _stored(source)
+    stored = _tensors(source.directory, source.family)
     elsewhere: Params = {}
     for part, name in source.family.external(source.foreign).items():
         own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
@@ -107,7 +109,7 @@ def load_part(source: Published, part: str, *, dtype: Any, shardings: Params | N
     An encoder's projection and classification heads stay behind: a connector does not read them.
     """
     rules = source.family.rules(source.config, source.foreign)
-    shapes, stored = multimodal.shapes(source.config), _stored(source)
+    shapes, stored = multimodal.shapes(source.config), _tensors(source.directory, source.family)
     keys.check(stored, rules, shapes, **_expected(source))
     heads = ("vision/projection/", "vision/head/")
     rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(heads)]
@@ -115,8 +117,8 @@ def load_part(source: Published, part: str, *, dtype: Any, shardings: Params | N
     return _load(source, {name: tensor for name, tensor in stored.items() if name in wanted}, rules, dtype, shardings)
 
 
-def _stored(source: Published) -> dict[str, Stored]:
-    return keys.renamed(weights.read(source.directory), source.family.spellings)
+def _tensors(directory: Path, family: Family) -> dict[str, Stored]:
+    return keys.renamed(weights.read(directory), family.spellings)
 
 
 def _expected(source: Published) -> dict[str, Any]:

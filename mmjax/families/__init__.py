@@ -1,11 +1,8 @@
-"""One file for each published checkpoint family: its config, its tensor names and its inputs and outputs, each read
-both
-ways.
-"""
+"""One file for each published checkpoint family: its config, its tensor names and its inputs and outputs, each read both ways."""
 
 from __future__ import annotations
 
-from mmjax.families import clip, composed, llava, llava_llama, parts, siglip
+from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip
 from mmjax.families.family import Config, Family
 
 FAMILIES = (
@@ -14,6 +11,7 @@ FAMILIES = (
     clip.FAMILY,
     siglip.FAMILY,
     composed.FAMILY,
+    bert.FAMILY,
     *parts.LANGUAGE,
     *parts.VISION,
 )

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from mmjax.batch import Batch
+from mmjax.checkpoints.safetensors import Stored
 from mmjax.families.keys import Rule
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.tree import Params
@@ -33,6 +34,8 @@ class Family:
                    nothing
     spellings      other spellings of foreign tensor names: (regular expression, replacement), applied in order on
                    reading
+    complete       (config.json, the stored tensors by name) -> config.json with what only the tensors tell; asked where there
+                   are weights
     copies         foreign tensors that may be stored although they are tied to others: name -> original
     unused         regular expressions of foreign tensors that are not weights
     external       config.json -> parts of the model whose weights may be published elsewhere: "vision" -> a directory
@@ -50,6 +53,7 @@ class Family:
     outputs: Callable[[Params, ModelConfig, Config, Inputs, Execution, bool], dict[str, jax.Array]]
     prompt: Callable[[ModelConfig, Config, Inputs], Batch] | None = None
     spellings: tuple[tuple[str, str], ...] = ()
+    complete: Callable[[Config, Mapping[str, Stored]], Config] | None = None
     copies: Callable[[ModelConfig], dict[str, str]] = lambda config: {}
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"\.position_ids$")
     external: Callable[[Config], dict[str, str]] = lambda config: {}

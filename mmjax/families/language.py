@@ -58,16 +58,26 @@ def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = No
         segments=mask.astype(np.int32),
         positions=inputs.get("position_ids", counted).astype(np.int32),
         media=media.astype(np.int32),
-        **_targets(inputs["labels"] if "labels" in inputs else None),
+        **targets(inputs.get("labels")),
     )
 
 
-def _targets(labels: np.ndarray | None) -> dict[str, np.ndarray]:
+def targets(labels: np.ndarray | None, shifted: bool = True) -> dict[str, np.ndarray]:
+    """`targets` and `weights` of a batch: each position predicts the next label (or, not `shifted`, its own)."""
     if labels is None:
         return {}
-    following = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORED)], 1)
-    supervised = following != IGNORED
-    return {"targets": np.where(supervised, following, 0).astype(np.int32), "weights": supervised.astype(np.float32)}
+    if shifted:
+        labels = np.concatenate([labels[:, 1:], np.full_like(labels[:, :1], IGNORED)], 1)
+    supervised = labels != IGNORED
+    return {"targets": np.where(supervised, labels, 0).astype(np.int32), "weights": supervised.astype(np.float32)}
+
+
+def loss(logits: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """The mean cross-entropy of a batch's targets, as `loss`; nothing for a batch without any."""
+    if batch.targets is None or batch.weights is None:
+        return {}
+    losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+    return {"loss": (losses * batch.weights).sum() / batch.weights.sum()}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run", "states"))
@@ -102,9 +112,7 @@ def run_language(
     )
     logits = decoder.head(params["llm"], config.llm, decoded.last)
     found.update(inputs_embeds=embedded, logits=logits, last_hidden_state=decoded.last)
-    if batch.targets is not None and batch.weights is not None:
-        losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
-        found["loss"] = (losses * batch.weights).sum() / batch.weights.sum()
+    found.update(loss(logits, batch))
     if states:
         assert decoded.states is not None
         found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers)})

@@ -122,7 +122,9 @@ class DecoderConfig:
     alibi              largest exponent of the slopes of ALiBi (arXiv 2108.12409); 0 = none
     has_head           whether it predicts tokens at all
     logit_scale, logit_softcap   logits * scale, then softcap * tanh(logits / softcap)
+    head_transform     a Linear, the blocks' activation and a norm in front of the head (BERT)
     pooler             a Linear and tanh over the first position (BERT)
+    classes            width of a Linear over the pooled state (BERT's next sentence); 0 = none
     encoder            of an encoder-decoder (T5): its blocks, whose states `block.memory_width` reads; it shares the token embeddings
     start_token        what an encoder-decoder's decoder begins with
     """
@@ -147,7 +149,9 @@ class DecoderConfig:
     has_head: bool = True
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
+    head_transform: bool = False
     pooler: bool = False
+    classes: int = 0
     encoder: DecoderConfig | None = None
     start_token: int = 0
 

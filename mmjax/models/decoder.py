@@ -20,7 +20,7 @@ from mmjax.models import ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import DecoderConfig, Execution, LoraConfig
-from mmjax.models.layers import Linear, Norm, apply, fan_in_normal, matmul
+from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, fan_in_normal, matmul
 from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
@@ -87,10 +87,15 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
         params["project_out"] = linear(keys[7], width, config.embed_width)
     if config.pooler:
         params["pooler"] = {**linear(keys[7], width, width), "bias": jnp.zeros(width)}
+    if config.classes:
+        params["classifier"] = {**linear(jax.random.fold_in(keys[7], 1), width, config.classes), "bias": jnp.zeros(config.classes)}
     if config.has_head and not config.tied_head:
         params["head"] = {"kernel": nn.initializers.normal(config.input_width**-0.5)(keys[2], (config.input_width, config.vocab_size))}
     if config.head_bias:
         params.setdefault("head", {})["bias"] = jnp.zeros(config.vocab_size)
+    if config.head_transform:
+        transform = {**linear(jax.random.fold_in(keys[2], 1), width, width), "bias": jnp.zeros(width)}
+        params.setdefault("head", {}).update(transform=transform, norm=_norm(config).init(key, x)["params"])
     if config.encoder is not None:
         params["encoder"] = init(jax.random.fold_in(key, 1), config.encoder)
         del params["encoder"]["embed"]["embedding"]  # the two halves share one
@@ -196,6 +201,9 @@ def decode(
 
 def head(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
     """float32 logits [..., vocab] of what `decode` returned as `last`."""
+    if config.head_transform:
+        hidden = apply(Linear(hidden.shape[-1]), params["head"]["transform"], hidden)
+        hidden = apply(_norm(config), params["head"]["norm"], ACTIVATIONS[config.block.activation](hidden))
     kernel = params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
     logits = matmul(hidden, kernel).astype(jnp.float32)
     if config.head_bias:
@@ -210,6 +218,11 @@ def head(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
 def pool(params: Params, last: jax.Array) -> jax.Array:
     """BERT's pooler over the first position: [rows, length, width] -> [rows, width]."""
     return jnp.tanh(apply(Linear(last.shape[-1]), params["pooler"], last[:, 0]))
+
+
+def classify(params: Params, config: DecoderConfig, pooled: jax.Array) -> jax.Array:
+    """float32 [rows, classes] of the pooled states [rows, width]."""
+    return apply(Linear(config.classes), params["classifier"], pooled).astype(jnp.float32)
 
 
 def _norm(config: DecoderConfig) -> Norm:
