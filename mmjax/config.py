@@ -134,7 +134,12 @@ class Model:
     path            a whole multimodal checkpoint (HF llava layout, LLaVA's original layout, or an mmjax workdir); the parts below are
                     then read from it and must be left at their defaults
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
-    image_start/end text tokens around each image's tokens, e.g. "<im_start>"; "" = none
+    image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
+    new_tokens      tokens that the tokenizer is to have (delimiters, states, speech units). Each gets rows of its own in the
+                    vocabulary, which a stage trains as `llm/**/new_rows`; one that the tokenizer has already keeps its id,
+                    and its row begins as it is. The vocabulary grows where it must
+    new_rows_start  what the rows of tokens that are new begin as: the "mean" of the old rows (LLaVA), or "normal", drawn with
+                    the mean and the standard deviation of each channel; embeddings and head each by their own table
     dtype           of frozen weights; trained weights are kept in float32 (see Stage.param_dtype)
     """
 
@@ -151,6 +156,8 @@ class Model:
     system: str | None = None
     image_start: str = ""
     image_end: str = ""
+    new_tokens: tuple[str, ...] = ()
+    new_rows_start: Literal["mean", "normal"] = "mean"
     adapters: dict[str, Lora] = dataclasses.field(default_factory=dict)
     dtype: DType = "float32"
 
@@ -217,6 +224,7 @@ class Stage:
     tiles         image tiles a row may hold
     accumulate    micro-batches of one step
     dropout       of what each block of the LLM adds to its residual; adapters have their own
+    router_loss   weight of the load-balancing loss of a mixture of experts (0.02 in Mixtral's own training)
     cache_features   run the frozen encoder once over every picture and keep its features on disk
     """
 
@@ -237,6 +245,7 @@ class Stage:
     augment: tuple[str, ...] = ()
     label_smoothing: float = 0.0
     dropout: float = 0.0
+    router_loss: float = 0.0
     dtype: DType = "float32"  # of activations
     param_dtype: DType = "float32"  # of trained weights
     remat: Literal["none", "dots", "full"] = "none"

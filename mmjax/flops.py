@@ -86,7 +86,7 @@ def training_flops(
             continue
         rows, table = _rows(path, config, objective), per_tile
         if path.startswith("llm/"):
-            rows, table = 1.0, per_supervised if _is_head(path, config) else per_token
+            rows, table = _share_of_experts(path, config), per_supervised if _is_head(path, config) else per_token
         stacked = _is_stacked(path)
         for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
             forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
@@ -100,7 +100,7 @@ def training_flops(
             passes = 3 if _site("llm/layers/", layer) >= first else 1
             per_pair[window] += _attention(config.llm.block) * passes
     if isinstance(config.vision, ViTConfig):
-        pairs = (config.vision.positions + config.vision.class_token) ** 2
+        pairs = (config.vision.positions + config.vision.prefix) ** 2
         for layer in range(used["vision"]):
             passes = 3 if _site("vision/layers/", layer) >= first else 1
             per_tile["vision"] += _attention(config.vision.block) * pairs * passes
@@ -137,7 +137,7 @@ def _site(path: str, layer: float) -> Site:
         return (1, 0.0)
     if second == "layers":
         return (0, float(layer))
-    return (0, math.inf if second in ("post_norm", "pool", "projection", "head") else -1.0)
+    return (0, math.inf if second in ("post_norm", "pool", "pooler", "projection", "head") else -1.0)
 
 
 def _trained(shapes: dict[str, tuple[int, ...]], selection: Selection) -> set[tuple[str, int]]:
@@ -157,6 +157,12 @@ def _layers_used(config: ModelConfig, objective: str) -> dict[str, int]:
     return {"vision": layers if objective == "classify" else max(layer % (layers + 1) for layer in config.features.layers)}
 
 
+def _share_of_experts(path: str, config: ModelConfig) -> float:
+    """How much of a weight a token of the LLM meets: of a mixture's experts only those that it chose."""
+    experts = config.llm.block.experts if config.llm else None
+    return experts.chosen / experts.count if experts and "/experts_" in path else 1.0
+
+
 def _rows(path: str, config: ModelConfig, objective: str) -> float:
     """How many positions of a tile a weight outside the LLM is applied to; 0 where it is not used."""
     if path.startswith("connector/"):
@@ -170,8 +176,8 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
     if path.startswith("vision/patch"):
         return vision.positions
     if path.startswith("vision/layers"):
-        return vision.positions + vision.class_token
-    if objective == "language" or path.startswith("vision/projection"):
+        return vision.positions + vision.prefix
+    if objective == "language" or path.startswith(("vision/projection", "vision/pooler")):
         return 0
     return vision.positions if "/attention/key" in path or "/attention/value" in path else 1
 
@@ -196,11 +202,11 @@ def _is_stacked(path: str) -> bool:
 
 def _is_head(path: str, config: ModelConfig) -> bool:
     tied = config.llm is not None and config.llm.tied_head
-    return path.startswith("llm/head/") or (tied and path == "llm/embed/embedding")
+    return path.startswith("llm/head/") or (tied and path in ("llm/embed/embedding", "llm/embed/new_rows"))
 
 
 def _is_matmul(path: str, config: ModelConfig) -> bool:
-    return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith("/embedding") and _is_head(path, config))
+    return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith(("/embedding", "/new_rows")) and _is_head(path, config))
 
 
 def _part(path: str, config: ModelConfig) -> str:

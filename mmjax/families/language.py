@@ -1,8 +1,8 @@
 """Inputs and outputs of language models as transformers names them.
 
 Inputs: `input_ids` [rows, length], `attention_mask` (1 = real), `position_ids`, `labels` (-100 = not predicted;
-shifted inside). Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, and
-`hidden_states_i` on request (0 = the embeddings, the last one after the final norm). What stands at padded positions
+shifted inside). Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, `aux_loss` of a mixture of
+experts (part of the loss where the config asks for router logits), and `hidden_states_i` on request (0 = the embeddings, the last one after the final norm). What stands at padded positions
 means nothing.
 """
 
@@ -20,6 +20,7 @@ from mmjax.errors import UserError
 from mmjax.families.family import Config, Inputs
 from mmjax.models import connectors, decoder, multimodal
 from mmjax.models.config import Execution, FeatureSpec, ModelConfig
+from mmjax.models.experts import balance_loss
 from mmjax.tree import Params
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -27,7 +28,10 @@ IGNORED = -100
 
 
 def outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:
-    return run_language(params, text_batch(config, inputs), config=config, run=run, states=states)
+    found = run_language(params, text_batch(config, inputs), config=config, run=run, states=states)
+    if "loss" in found and "aux_loss" in found and foreign.get("output_router_logits"):
+        found["loss"] = found["loss"] + foreign.get("router_aux_loss_coef", 0.001) * found["aux_loss"]
+    return found
 
 
 def prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
@@ -52,11 +56,13 @@ def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = No
         r, t = np.argwhere(outside)[0]
         raise UserError(f"input_ids[{r}, {t}] = {ids[r, t]} is outside the vocabulary of {config.llm.vocab_size}")
     counted = np.where(mask, np.cumsum(mask, 1) - 1, 0)
+    positions = inputs.get("position_ids", counted)
+    decoder.require_positions(config.llm, int(positions.max(initial=0)) + 1)
     media = np.where(is_media, np.cumsum(is_media).reshape(ids.shape) - 1, -1)
     return Batch(
         tokens=np.where(mask & ~is_media, ids, 0).astype(np.int32),
         segments=mask.astype(np.int32),
-        positions=inputs.get("position_ids", counted).astype(np.int32),
+        positions=positions.astype(np.int32),
         media=media.astype(np.int32),
         **targets(inputs.get("labels")),
     )
@@ -113,6 +119,8 @@ def run_language(
     logits = decoder.head(params["llm"], config.llm, decoded.last)
     found.update(inputs_embeds=embedded, logits=logits, last_hidden_state=decoded.last)
     found.update(loss(logits, batch))
+    if decoded.router is not None and config.llm.block.experts is not None:
+        found["aux_loss"] = balance_loss(decoded.router, jnp.asarray(batch.segments) > 0, config.llm.block.experts.chosen)
     if states:
         assert decoded.states is not None
         found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers)})

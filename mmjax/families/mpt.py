@@ -1,7 +1,7 @@
 """MPT (MosaicML, 2023) in transformers' layout: ALiBi in the place of positions, no biases at all, projections fused.
 
-transformers always makes the MLP four times as wide and leaves biases out, whatever `expansion_ratio` and `no_bias` say; what
-its files hold is what is read here.
+transformers makes the MLP four times as wide and takes slopes down to 2 ** -8, whatever `expansion_ratio` and `alibi_bias_max`
+say (published files say the same); so it is done here.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from mmjax.families.keys import Rule, linear, norm, rule, transposed
 from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
 
 WIDER = 4  # how much wider the MLP is than the rest
+ALIBI = 8.0  # largest exponent of the slopes
 
 
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
     fields.only("quantization_config")
-    fields.only("no_bias", True)
     fields.only("logit_scale")
     attention = Fields(fields.get("attn_config", {}), f"{where}: attn_config")
     attention.only("attn_type", "multihead_attention")
@@ -52,7 +52,7 @@ def _read(config: Config, where: str) -> ModelConfig:
             ),
             max_positions=fields.get("max_seq_len", 2048),
             tied_head=fields.get("tie_word_embeddings", True),
-            alibi=float(attention.get("alibi_bias_max", 8)),
+            alibi=ALIBI,
         )
     )
 
@@ -61,11 +61,10 @@ def _write(config: ModelConfig, base: Config) -> Config:
     assert config.llm is not None
     decoder, block = config.llm, config.llm.block
     fits = block.norm == "layer" and not block.norm_bias and not block.mlp_bias and block.mlp_width == WIDER * block.width
-    llama.require(fits and bool(decoder.alibi) and block.activation == "gelu", "MPT", "its norms, MLP or positions are others")
+    llama.require(fits and decoder.alibi == ALIBI and block.activation == "gelu", "MPT", "its norms, MLP or positions are others")
     attention = {
         **base.get("attn_config", {}),
         "alibi": True,
-        "alibi_bias_max": int(decoder.alibi),
         "softmax_scale": block.scale or None,
         "clip_qkv": block.clip_qkv or None,
     }

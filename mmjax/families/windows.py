@@ -27,6 +27,7 @@ def read_windows(fields: Fields, layers: int, window: int, slides: Callable[[int
 
 
 def write_windows(windows: tuple[int, ...], layers: int) -> dict[str, object]:
-    """`sliding_window` and `layer_types`."""
+    """`layer_types`, and `sliding_window` where some layer has one."""
     each = (windows * layers)[:layers]
-    return {"sliding_window": max(each) or None, "layer_types": [SLIDING if window else FULL for window in each]}
+    width = {"sliding_window": max(each)} if any(each) else {}
+    return {**width, "layer_types": [SLIDING if window else FULL for window in each]}

@@ -26,6 +26,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.run import evaluate
 from mmjax.jobs.export import export
 from mmjax.model import Model
+from mmjax.models.decoder import require_positions
 from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
 from mmjax.parallel.sharding import format_table, param_shardings, table
 from mmjax.results import record
@@ -129,6 +130,10 @@ def _decisive(recipe: Recipe, begun: list[str]) -> dict[str, object]:
 
 def _check_stages(recipe: Recipe, model: Model) -> None:
     """Everything about the stages that shapes alone can show to be wrong, before anything is compiled."""
+    experts = model.config.llm.block.experts if model.config.llm else None
+    if recipe.mesh.expert > 1 and (experts is None or experts.count % recipe.mesh.expert):
+        has = f"{experts.count} experts, which it does not divide" if experts else "no experts"
+        raise UserError(f"mesh.expert = {recipe.mesh.expert}: this model has {has}.")
     for name in recipe.run:
         stage, key = recipe.stages[name], f"stages.{name}"
         selection = select(model.params, stage.trainable, f"{key}.trainable")
@@ -136,6 +141,8 @@ def _check_stages(recipe: Recipe, model: Model) -> None:
         make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
         if stage.template:
             templates.get(stage.template, model.tokenizer, recipe.model.system)
+        if stage.objective == "language":
+            require_positions(model.config.language, stage.length)
         if stage.cache_features and any(path.startswith("vision/") for path in selection.leaves):
             raise UserError(f"{key}.cache_features: the features change, since {key}.trainable has leaves of the encoder.")
 

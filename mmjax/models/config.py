@@ -65,11 +65,12 @@ class BlockConfig:
     norm_bias       of layer norms
     parallel_norms  0: attention, then the MLP. Else both read the same x, x + attention(norm(x)) + mlp(norm'(x)), through
                     1 norm (phi) or 2 (GPT-NeoX)
-    qk_norm         a norm on queries and keys, over each head's channels or over all of them
+    qk_norm         a norm on queries and keys, over each head's channels or over all of them; qk_norm_eps 0 = norm_eps
     scale           of the scores; 0 = 1 / sqrt(head_dim)
     softcap         scores become softcap * tanh(scores / softcap); 0 = none
     clip_qkv        queries, keys and values are clipped to +- this; 0 = not
     layer_scale     a learned factor for each channel of what attention and MLP add (arXiv 2103.17239)
+    wide_residual   the residual stream and the MLP's output are float32 whatever the activations are (T5's outgrow float16)
     memory_width    width of the states that a cross-attention between attention and MLP reads; 0 = no cross-attention
     """
 
@@ -91,10 +92,12 @@ class BlockConfig:
     parallel_norms: Literal[0, 1, 2] = 0
     qk_norm: NormKind | Literal[""] = ""
     qk_norm_over: Literal["head", "width"] = "head"
+    qk_norm_eps: float = 0.0
     scale: float = 0.0
     softcap: float = 0.0
     clip_qkv: float = 0.0
     layer_scale: bool = False
+    wide_residual: bool = False
     experts: Experts | None = None
     memory_width: int = 0
 
@@ -127,6 +130,8 @@ class DecoderConfig:
     classes            width of a Linear over the pooled state (BERT's next sentence); 0 = none
     encoder            of an encoder-decoder (T5): its blocks, whose states `block.memory_width` reads; it shares the token embeddings
     start_token        what an encoder-decoder's decoder begins with
+    new_rows           ids of the vocabulary whose rows are leaves of their own, ascending (mmjax.models.new_rows)
+    beyond             how many of them, the last ones, have no row in the tables
     """
 
     vocab_size: int
@@ -154,6 +159,13 @@ class DecoderConfig:
     classes: int = 0
     encoder: DecoderConfig | None = None
     start_token: int = 0
+    new_rows: tuple[int, ...] = ()
+    beyond: int = 0
+
+    @property
+    def table_size(self) -> int:
+        """Rows of the embedding table, and outputs of the head, without those that are leaves of their own."""
+        return self.vocab_size - self.beyond
 
     @property
     def input_width(self) -> int:
@@ -172,33 +184,82 @@ class FeatureSpec:
     layers: tuple[int, ...] = (-1,)
     keep_class_token: bool = False
     post_norm: bool = False
+    keep_registers: bool = False
+
+    def positions(self, encoder: EncoderConfig) -> int:
+        """Number of positions that the connector reads."""
+        kept = 0
+        if isinstance(encoder, ViTConfig):
+            kept = (self.keep_class_token and encoder.class_token) + self.keep_registers * encoder.registers
+        return encoder.positions + kept
+
+
+Interpolation = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """A vision transformer: CLIP and SigLIP are settings of it."""
+    """A vision transformer: all of them, from CLIP to InternVL, are settings of it.
+
+    image_size      side in pixels of the pictures that it is run on
+    native_size     side of the pictures whose positions are stored; 0 = image_size. Others have them interpolated
+    naflex          its publisher's model takes pictures of any shape, cut into patches (arXiv 2502.14786)
+    registers       tokens without a position between the class token and the patches (arXiv 2309.16588)
+    mask_token      an unused vector is kept, which only pretraining needed
+    learned_positions   whether there are any
+    pre_norm        a layer norm in front of the first block
+    post_norm       what the layer norm behind the last block acts on: "states" (all of them, before pooling), "pooled" (CLIP:
+                    the pooled state alone), "both" (BLIP-2: all states, and the pooled one once more), "" = there is none
+    pooling         how states become one; "class_and_mean" joins the class token and the mean of the patches on channels
+    pooler          width of a Linear with `pooler_activation` over the pooled state, which no head reads (ViT); 0 = none
+    projection      width of the bias-free projection of the pooled state; 0 = none
+    classes         width of the classification head over the pooled state; 0 = none
+    """
 
     image_size: int
     patch_size: int
     layers: int
     block: BlockConfig
     channels: int = 3
+    native_size: int = 0
+    interpolation: Interpolation = "bicubic"
+    naflex: bool = False
     class_token: bool = False
+    registers: int = 0
+    mask_token: bool = False
+    learned_positions: bool = True
     patch_bias: bool = True
     pre_norm: bool = False
-    post_norm: bool = True
-    pooling: Literal["none", "class_token", "attention", "mean"] = "none"
-    projection: int = 0  # width of the bias-free projection of the pooled state; 0 = none
-    classes: int = 0  # width of the classification head over the pooled state; 0 = none
+    post_norm: Literal["", "states", "pooled", "both"] = "states"
+    pooling: Literal["none", "class_token", "attention", "mean", "class_and_mean"] = "none"
+    pooler: int = 0
+    pooler_activation: Activation | Literal["tanh"] = "tanh"
+    projection: int = 0
+    classes: int = 0
 
     @property
     def positions(self) -> int:
-        """Number of patch positions, without the class token."""
+        """Number of patches."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches."""
+        return self.class_token + self.registers
+
+    @property
+    def native_side(self) -> int:
+        """Side of the square map of stored positions."""
+        return (self.native_size or self.image_size) // self.patch_size
 
     @property
     def feature_width(self) -> int:
         return self.block.width
+
+    def at_size(self, size: int) -> ViTConfig:
+        """The same for pictures of another size; stored positions stay."""
+        native = self.native_size or self.image_size
+        return dataclasses.replace(self, image_size=size, native_size=0 if size == native else native)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +291,10 @@ class MobileNetV2Config:
     @property
     def feature_width(self) -> int:
         return 1280 if self.finegrained_output and self.depth_multiplier < 1 else self.scaled(1280)
+
+    def at_size(self, size: int) -> MobileNetV2Config:
+        """The same for pictures of another size."""
+        return dataclasses.replace(self, image_size=size)
 
 
 def divisible(value: int, divisor: int, minimum: int) -> int:
@@ -330,6 +395,7 @@ class ModelConfig:
     logit_bias: bool = False  # SigLIP's two-tower logits carry a bias beside the scale
     image_mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels scaled to [0, 1]
     image_std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    image_aspect: Literal["crop", "squash"] = "squash"  # how the encoder's publisher makes a picture square
 
     @property
     def language(self) -> DecoderConfig:
@@ -341,6 +407,21 @@ class ModelConfig:
     @property
     def tokens_per_tile(self) -> int:
         return self.connector.tokens if self.connector else 0
+
+    def at_size(self, size: int) -> ModelConfig:
+        """The same for pictures of another size."""
+        resized = self.for_pictures(size, size)
+        return dataclasses.replace(resized, vision=resized.vision.at_size(size)) if resized.vision else resized
+
+    def for_pictures(self, height: int, width: int) -> ModelConfig:
+        """The same with a connector for what the encoder makes of pictures of this height and width."""
+        if self.connector is None or not isinstance(self.vision, ViTConfig):
+            return self
+        patches = (height // self.vision.patch_size) * (width // self.vision.patch_size)
+        positions = self.features.positions(self.vision) - self.vision.positions + patches
+        if positions == self.connector.positions:
+            return self
+        return dataclasses.replace(self, connector=dataclasses.replace(self.connector, positions=positions))
 
 
 @dataclasses.dataclass(frozen=True)

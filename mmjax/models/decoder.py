@@ -16,7 +16,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mmjax.models import ports
+from mmjax.errors import UserError
+from mmjax.models import new_rows, ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import DecoderConfig, Execution, LoraConfig
@@ -66,7 +67,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
     def linear(key: jax.Array, inputs: int, outputs: int) -> Params:
         return {"kernel": fan_in_normal(key, (inputs, outputs))}
 
-    embed: Params = {"embedding": table(keys[0], config.vocab_size, config.input_width)}
+    embed: Params = {"embedding": table(keys[0], config.table_size, config.input_width)}
     if config.learned_positions:
         embed["positions"] = table(keys[3], config.learned_positions, width)
     if config.token_types:
@@ -90,9 +91,9 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
     if config.classes:
         params["classifier"] = {**linear(jax.random.fold_in(keys[7], 1), width, config.classes), "bias": jnp.zeros(config.classes)}
     if config.has_head and not config.tied_head:
-        params["head"] = {"kernel": nn.initializers.normal(config.input_width**-0.5)(keys[2], (config.input_width, config.vocab_size))}
+        params["head"] = {"kernel": nn.initializers.normal(config.input_width**-0.5)(keys[2], (config.input_width, config.table_size))}
     if config.head_bias:
-        params.setdefault("head", {})["bias"] = jnp.zeros(config.vocab_size)
+        params.setdefault("head", {})["bias"] = jnp.zeros(config.table_size)
     if config.head_transform:
         transform = {**linear(jax.random.fold_in(keys[2], 1), width, width), "bias": jnp.zeros(width)}
         params.setdefault("head", {}).update(transform=transform, norm=_norm(config).init(key, x)["params"])
@@ -101,12 +102,23 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
         del params["encoder"]["embed"]["embedding"]  # the two halves share one
         if not params["encoder"]["embed"]:
             del params["encoder"]["embed"]
-    return params
+    return new_rows.init(config, params) if config.new_rows else params
+
+
+def require_positions(config: DecoderConfig, count: int) -> None:
+    """Raises UserError where texts of `count` positions are longer than a table of learned positions."""
+    rows = config.learned_positions - config.position_offset
+    if config.learned_positions and count > rows:
+        raise UserError(f"the text takes {count} positions, and the model's table of learned positions has {rows}: shorten it")
 
 
 def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Execution) -> jax.Array:
     """Token embeddings: int [rows, length] -> [rows, length, input width]. Positions and the like are added by `decode`."""
-    x = params["embed"]["embedding"][tokens].astype(run.dtype)
+    table = params["embed"]["embedding"]
+    if config.new_rows:
+        x = new_rows.lookup(table, params["embed"]["new_rows"], config, tokens, run.dtype)
+    else:
+        x = table[tokens].astype(run.dtype)
     # As the references do: the factor is rounded to the activations' dtype first.
     return x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1.0 else x
 
@@ -156,8 +168,10 @@ def decode(
         mask = dataclasses.replace(mask, key_segments=held, offset=slot)
         cache = cache._replace(segments=held, next=slot + x.shape[1])
     bias = _position_bias(params, config, x.shape[1], slot, x.shape[1] if cache is None else cache.segments.shape[1])
-    block = Block(config.block, adapters, dropout_key is None, run.attention, dropout, run.mesh)
+    block = Block(config.block, adapters, dropout_key is None, run.attention, dropout, run.mesh, run.dtype)
     x = _into_blocks(params, config, x, positions, token_types)
+    if config.block.wide_residual:
+        x = x.astype(jnp.float32)
 
     def body(carry, layer, j, index, extra):
         x, keys, values = carry
@@ -171,7 +185,7 @@ def decode(
                 jax.lax.dynamic_update_slice(keys, key.astype(keys.dtype)[None], at),
                 jax.lax.dynamic_update_slice(values, value.astype(values.dtype)[None], at),
             ]
-            return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(x.dtype) for a in stored)
+            return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(key.dtype) for a in stored)
 
         around = Surroundings(
             mask=dataclasses.replace(mask, window=config.windows[j]),
@@ -194,6 +208,8 @@ def decode(
     )
     if config.final_norm:
         last = apply(_norm(config), params["final_norm"], last)
+    if config.block.wide_residual:
+        last = last.astype(run.dtype)
     if config.embed_width:
         last = apply(Linear(config.embed_width, False, adapters), params["project_out"], last)
     return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states, router)
@@ -208,6 +224,8 @@ def head(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
     logits = matmul(hidden, kernel).astype(jnp.float32)
     if config.head_bias:
         logits = logits + params["head"]["bias"].astype(jnp.float32)
+    if config.new_rows:
+        logits = new_rows.lay_over(logits, new_rows.logits(params, config, hidden), config)
     if config.logit_scale != 1.0:
         logits = logits * config.logit_scale
     if config.logit_softcap:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Batch
 from mmjax.models import adapters as lora
-from mmjax.models import connectors, decoder, mobilenet_v2, text_tower, vit
+from mmjax.models import connectors, decoder, encoder_decoder, mobilenet_v2, text_tower, vit
 from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig, ViTConfig
 
 Params = dict[str, Any]
@@ -62,6 +62,7 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         features = batch.features.astype(run.dtype)
     elif batch.images is not None:
         features = vision_features(params, config, batch.images, run)
+        config = config.for_pictures(*batch.images.shape[-3:-1])
     else:
         return None
     if config.connector is None:
@@ -86,27 +87,68 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
     return jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x)
 
 
-def hidden(
+class Reading(NamedTuple):
+    """What the LLM's decoder is run on: embeddings x [rows, T, input width], int segments and positions [rows, T], and of an
+    encoder-decoder the memory of what its encoder read, with the encoder's own outputs."""
+
+    x: jax.Array
+    segments: jax.Array
+    positions: jax.Array
+    memory: decoder.Memory | None = None
+    encoded: decoder.Decoded | None = None
+
+
+def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **settings: Any) -> Reading:
+    """A batch, embedded; an encoder-decoder's encoder reads `tokens` and its media. `settings` are the encoder's, those of
+    mmjax.models.decoder.decode."""
+    x = embed(params, config, batch, run)
+    if config.language.encoder is None:
+        return Reading(x, batch.segments, batch.positions)
+    llm, leaves = config.language, params["llm"]
+    more: dict[str, Any] = {"run": run, "adapters": config.adapters}
+    encoded = encoder_decoder.encode(leaves, llm, x, segments=batch.segments, positions=batch.positions, **more, **settings)
+    memory = encoder_decoder.remember(leaves, llm, encoded.last, batch.segments, **more)
+    tokens, segments = batch.decoder_tokens, batch.decoder_segments
+    if tokens is None:
+        tokens = jnp.full((x.shape[0], 1), llm.start_token, jnp.int32)
+        segments = jnp.ones_like(tokens)
+    positions = jnp.maximum(jnp.cumsum(segments > 0, 1) - 1, 0)
+    return Reading(decoder.embed(leaves, llm, tokens, run), segments, positions, memory, encoded)
+
+
+def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: Execution, **settings: Any) -> decoder.Decoded:
+    """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode."""
+    return decoder.decode(
+        params["llm"],
+        config.language,
+        reading.x,
+        segments=reading.segments,
+        positions=reading.positions,
+        memory=reading.memory,
+        run=run,
+        adapters=config.adapters,
+        **settings,
+    )
+
+
+def decode(
     params: Params,
     config: ModelConfig,
     batch: Batch,
     run: Execution,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-    """The LLM's states after its final norm, [rows, length, width]; `dropout` in its blocks where there is a key."""
-    x = embed(params, config, batch, run)
-    return decoder.decode(
-        params["llm"],
-        config.language,
-        x,
-        segments=batch.segments,
-        positions=batch.positions,
-        run=run,
-        adapters=config.adapters,
-        dropout=dropout,
-        dropout_key=dropout_key,
-    ).last
+) -> decoder.Decoded:
+    """The LLM's states after its final norm, and the routers' logits of a mixture of experts; `dropout` in its blocks where there is
+    a key."""
+    encoder_key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.language.layers)
+    reading = read(params, config, batch, run, dropout=dropout, dropout_key=encoder_key)
+    return decode_reading(params, config, reading, run, dropout=dropout, dropout_key=dropout_key)
+
+
+def hidden(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:
+    """The LLM's states after its final norm, [rows, length, width]."""
+    return decode(params, config, batch, run).last
 
 
 def decode_token(
@@ -117,21 +159,16 @@ def decode_token(
     position: jax.Array,
     segment: jax.Array,
     run: Execution,
+    memory: decoder.Memory | None = None,
 ) -> tuple[jax.Array, decoder.Cache]:
     """One token a row through the LLM: float32 logits [rows, vocab] of the next one, and the cache.
 
     token, position, segment   int32 [rows]
+    memory                     what an encoder-decoder's encoder has read
     """
-    out = decoder.decode(
-        params["llm"],
-        config.language,
-        decoder.embed(params["llm"], config.language, token[:, None], run),
-        segments=segment[:, None],
-        positions=position[:, None],
-        run=run,
-        adapters=config.adapters,
-        cache=cache,
-    )
+    x = decoder.embed(params["llm"], config.language, token[:, None], run)
+    reading = Reading(x, segment[:, None], position[:, None], memory)
+    out = decode_reading(params, config, reading, run, cache=cache)
     assert out.cache is not None
     return head(params, config, out.last[:, 0]), out.cache
 
@@ -149,13 +186,20 @@ def classify(params: Params, config: ModelConfig, batch: Batch, run: Execution) 
 
 
 def two_tower(
-    params: Params, config: ModelConfig, images: jax.Array, tokens: jax.Array, run: Execution, segments: jax.Array | None = None
+    params: Params,
+    config: ModelConfig,
+    pictures: vit.Pictures,
+    tokens: jax.Array,
+    run: Execution,
+    segments: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """A contrastive model's outputs for pixels [n, height, width, channels] and tokens [m, length]: normalised `image_embeds` and
-    `text_embeds`, `logits_per_image` [n, m] (arXiv 2103.00020, 2303.15343), and both towers' states."""
+    """A contrastive model's outputs for n pictures and tokens [m, length]: normalised `image_embeds` and `text_embeds`,
+    `logits_per_image` [n, m] (arXiv 2103.00020, 2303.15343), and both towers' states."""
     assert isinstance(config.vision, ViTConfig) and config.text is not None
-    states = vit.hidden_states(params["vision"], config.vision, normalise(config, images), run)
-    pooled = vit.pooled(params["vision"], config.vision, states[-1])
+    if not isinstance(pictures, vit.Patches):
+        pictures = normalise(config, pictures)
+    states = vit.hidden_states(params["vision"], config.vision, pictures, run)
+    pooled = vit.pooled(params["vision"], config.vision, states[-1], pictures)
     image = vit.project(params["vision"], config.vision, pooled)
     text = text_tower.encode(params["text"], config.text, tokens, run, segments)
     image, sentence = (e / jnp.linalg.norm(e, axis=-1, keepdims=True) for e in (image, text["embedding"]))

@@ -28,8 +28,6 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"mesh: sizes are 1 or more, and one of them may be -1; not {shape}.")
     if len(devices) % given or (not rest and given != len(devices)):
         raise UserError(f"mesh: {shape} does not fit {len(devices)} devices.")
-    if shape["expert"] > 1:
-        raise UserError("mesh.expert must be 1: no layer of this model has experts to divide.")
     for axis in rest:
         shape[axis] = len(devices) // given
     return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -26,6 +26,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**/layers/**/{output,down}/kernel", ("tensor", "fsdp")),
     ("**/layers/**/{output,down}/adapters/*/lora_a", ("tensor", None)),
     ("**/layers/**/{output,down}/adapters/*/lora_b", (None, "fsdp")),
+    ("**/layers/**/experts_{gate,up}/kernel", ("expert", "fsdp", "tensor")),
+    ("**/layers/**/experts_down/kernel", ("expert", "tensor", "fsdp")),
     ("connector/**/kernel", ("fsdp", None)),
     ("**", ()),
 )

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from mmjax.batch import Batch
 from mmjax.models import multimodal
 from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.experts import balance_loss
 from mmjax.tree import Params
 
 CHUNK_LOGITS = 2**26  # logits of one chunk in one group of rows: 256 MiB of float32
@@ -25,21 +26,30 @@ def language_loss(
     *,
     groups: int,
     smoothing: float = 0.0,
+    router_loss: float = 0.0,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Weighted next-token losses summed over each row, float32 [rows]. `groups` is the number of data shards."""
-    hidden = multimodal.hidden(params, config, batch, run, dropout, dropout_key)
+    """Weighted next-token losses summed over each row, float32 [rows]. `groups` is the number of data shards.
+
+    router_loss   weight of a mixture of experts' load-balancing loss; it is spread over the rows so that the quotient of all sums
+                  is the mean loss plus this
+    """
+    decoded = multimodal.decode(params, config, batch, run, dropout, dropout_key)
     assert config.llm is not None and batch.targets is not None and batch.weights is not None
-    return cross_entropy(
+    losses = cross_entropy(
         lambda hidden: multimodal.head(params, config, hidden),
-        hidden,
+        decoded.last,
         jnp.asarray(batch.targets),
         jnp.asarray(batch.weights),
         vocab=config.llm.vocab_size,
         groups=groups,
         smoothing=smoothing,
     )
+    if not router_loss or decoded.router is None or config.llm.block.experts is None:
+        return losses
+    balance = balance_loss(decoded.router, jnp.asarray(batch.segments) > 0, config.llm.block.experts.chosen)
+    return losses + router_loss * balance * total_weight(batch) / len(losses)
 
 
 def classification_loss(

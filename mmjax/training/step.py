@@ -46,9 +46,9 @@ TrainStep = Callable[[State, Params, Batch], tuple[State, StepMetrics]]
 EvalStep = Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]
 
 
-def execution(stage: Stage) -> Execution:
+def execution(stage: Stage, mesh: Mesh) -> Execution:
     """How this stage's recipe wants the model run."""
-    return Execution(stage.dtype, stage.remat, stage.attention, stage.unroll)
+    return Execution(stage.dtype, stage.remat, stage.attention, stage.unroll, mesh)
 
 
 def make_train_step(
@@ -66,7 +66,7 @@ def make_train_step(
     The batch holds all micro-batches: `stage.accumulate` of them, cut so that every data shard keeps its own rows.
     `shardings` are the state's (see state_shardings), so that a step's output is the next one's input."""
     shards, accumulate = data_shards(mesh), stage.accumulate
-    weigh = _losses(config, stage, shards)
+    weigh = _losses(config, stage, mesh)
     dropout = stage.dropout > 0 or any(adapter.dropout > 0 for adapter in config.adapters)
 
     def summed_loss(
@@ -119,8 +119,8 @@ def make_train_step(
 
 
 def make_eval_step(config: ModelConfig, stage: Stage, selection: Selection, mesh: Mesh) -> EvalStep:
-    """step(trainable, frozen, batch) -> (summed loss, weight), without dropout and label smoothing."""
-    weigh = _losses(config, dataclasses.replace(stage, label_smoothing=0.0), data_shards(mesh))
+    """step(trainable, frozen, batch) -> (summed loss, weight), without dropout, label smoothing and the balance of experts."""
+    weigh = _losses(config, dataclasses.replace(stage, label_smoothing=0.0, router_loss=0.0), mesh)
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return weigh(join(trainable, frozen, selection), batch, None).sum(), total_weight(batch)
@@ -128,12 +128,20 @@ def make_eval_step(config: ModelConfig, stage: Stage, selection: Selection, mesh
     return jax.jit(eval_step)
 
 
-def _losses(config: ModelConfig, stage: Stage, shards: int) -> Callable[[Params, Batch, jax.Array | None], jax.Array]:
-    run, smoothing = execution(stage), stage.label_smoothing
+def _losses(config: ModelConfig, stage: Stage, mesh: Mesh) -> Callable[[Params, Batch, jax.Array | None], jax.Array]:
+    run, smoothing = execution(stage, mesh), stage.label_smoothing
     if stage.objective == "classify":
         return lambda params, batch, key: classification_loss(params, config, batch, run, smoothing=smoothing)
     return lambda params, batch, key: language_loss(
-        params, config, batch, run, groups=shards, smoothing=smoothing, dropout=stage.dropout, dropout_key=key
+        params,
+        config,
+        batch,
+        run,
+        groups=data_shards(mesh),
+        smoothing=smoothing,
+        router_loss=stage.router_loss,
+        dropout=stage.dropout,
+        dropout_key=key,
     )
 
 

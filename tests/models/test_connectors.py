@@ -116,11 +116,11 @@ def test_a_target_that_matches_nothing_is_named():
 def test_dropout_acts_in_training_only_and_follows_its_key():
     config = tiny.model_config(adapters=(LoraConfig("d", 4, 8.0, ("llm/layers/**",), dropout=0.5),))
     params, batch, run = tiny.random_params(config), tiny.rows([[9]], 9), Execution()
-    states = jax.jit(lambda key: multimodal.hidden(params, config, batch, run, 0.0, key))
+    states = jax.jit(lambda key: multimodal.decode(params, config, batch, run, 0.0, key).last)
     a, b, c = (states(jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(a, b)
     assert np.abs(a - c).max() > 1e-3
-    in_blocks = jax.jit(lambda key: multimodal.hidden(params, tiny.model_config(), batch, run, 0.3, key))
+    in_blocks = jax.jit(lambda key: multimodal.decode(params, tiny.model_config(), batch, run, 0.3, key).last)
     assert np.abs(in_blocks(jax.random.key(1)) - in_blocks(jax.random.key(2))).max() > 1e-3
     plain = jax.jit(lambda: multimodal.hidden(params, config, batch, run))()
     assert np.abs(a - plain).max() > 1e-3

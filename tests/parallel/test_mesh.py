@@ -16,7 +16,7 @@ def test_one_axis_takes_what_is_left():
 
 
 @pytest.mark.parametrize(
-    "sizes", [dict(data=3), dict(data=16), dict(data=4), dict(data=-1, fsdp=-1), dict(data=0), dict(data=4, expert=2)]
+    "sizes", [dict(data=3), dict(data=16), dict(data=4), dict(data=-1, fsdp=-1), dict(data=0), dict(data=3, expert=2)]
 )
 def test_sizes_that_do_not_fit_are_errors(sizes):
     with pytest.raises(UserError, match="mesh"):
