@@ -24,6 +24,8 @@ class Batch:
     media       int32 [rows, length]   index of the media token spliced here, -1 at text
     targets     int32 [rows, length]   the id to be predicted *from* this position (already shifted)
     weights     float32 [rows, length] weight of that prediction in the loss, 0 = not supervised
+    decoder_tokens, decoder_segments   int32 [rows, T]   of an encoder-decoder, whose encoder reads `tokens`: what its decoder
+                                       reads; `targets` and `weights` are then [rows, T]. None = the start token alone
     images      uint8 [groups, tiles, height, width, channels]   pixels; the model normalises
     features    float [groups, tiles, positions, width]          cached encoder features in place of `images`
     tiles       bool [groups, tiles]   which tiles are real; the others are dummies that no row points at
@@ -36,6 +38,8 @@ class Batch:
     media: Any = None
     targets: Any = None
     weights: Any = None
+    decoder_tokens: Any = None
+    decoder_segments: Any = None
     images: Any = None
     features: Any = None
     tiles: Any = None

@@ -42,18 +42,31 @@ class Flops:
     """FLOPs of one training step by what they grow with; each maps a part's name to its share.
 
     per_tile        of an image tile (encoder and connector)
-    per_token       of an LLM position, media and text alike
+    per_token       of an LLM position, media and text alike; of an encoder-decoder, a position of its decoder
     per_supervised  of a supervised position
     per_pair        of a pair of positions of which one attends to the other, by the layers' window (0 = none)
+    per_source      of a position that an encoder-decoder's encoder reads
+    per_source_pair, per_cross_pair   of a pair of such positions, and of one of them and one of the decoder's
     """
 
     per_tile: dict[str, float]
     per_token: dict[str, float]
     per_supervised: dict[str, float]
     per_pair: dict[int, float]
+    per_source: dict[str, float] = dataclasses.field(default_factory=dict)
+    per_source_pair: float = 0.0
+    per_cross_pair: float = 0.0
 
-    def count(self, lengths: Sequence[float], supervised: float, tiles: float, encoded: bool = True) -> dict[str, float]:
-        """Part -> FLOPs for samples of these lengths. `encoded`: the encoder ran (it does not where its features are cached)."""
+    def count(
+        self,
+        lengths: Sequence[float],
+        supervised: float,
+        tiles: float,
+        encoded: bool = True,
+        sources: Sequence[float] = (),
+    ) -> dict[str, float]:
+        """Part -> FLOPs for samples of these lengths. `encoded`: the media encoder ran (it does not where its features are cached);
+        `sources`: the lengths that an encoder-decoder's encoder reads, in the same order."""
         parts: dict[str, float] = collections.defaultdict(float)
         for part, share in self.per_tile.items():
             parts[part] += share * tiles * (encoded or not part.startswith("vision"))
@@ -63,6 +76,10 @@ class Flops:
             parts[part] += share * supervised
         for window, share in self.per_pair.items():
             parts["llm attention"] += share * sum(_pairs(length, window) for length in lengths)
+        for part, share in self.per_source.items():
+            parts[part] += share * sum(sources)
+        parts["llm attention"] += self.per_source_pair * sum(source**2 for source in sources)
+        parts["llm attention"] += self.per_cross_pair * sum(s * length for s, length in zip(sources, lengths))
         return {part: value for part, value in parts.items() if value}
 
 
@@ -81,30 +98,40 @@ def training_flops(
     per_tile: dict[str, float] = collections.defaultdict(float)
     per_token: dict[str, float] = collections.defaultdict(float)
     per_supervised: dict[str, float] = collections.defaultdict(float)
+    per_source: dict[str, float] = collections.defaultdict(float)
     for path, shape in shapes.items():
         if not _is_matmul(path, config):
             continue
         rows, table = _rows(path, config, objective), per_tile
         if path.startswith("llm/"):
             rows, table = _share_of_experts(path, config), per_supervised if _is_head(path, config) else per_token
+            table = per_source if _reads_source(path) else table
         stacked = _is_stacked(path)
         for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
             forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
             table[_part(path, config)] += forward * times(path, layer)
 
     per_pair: dict[int, float] = collections.defaultdict(float)
+    per_source_pair = per_cross_pair = 0.0
     if config.llm is not None and objective == "language":
         for layer in range(config.llm.layers):
             window = config.llm.windows[layer % len(config.llm.windows)]
             # a frozen layer's softmax still hands on a gradient to queries, keys and values alike: 1 or 3, never 2
             passes = 3 if _site("llm/layers/", layer) >= first else 1
             per_pair[window] += _attention(config.llm.block) * passes
+            per_cross_pair += _attention(config.llm.block) * passes if config.llm.encoder else 0.0
+        for layer in range(config.llm.encoder.layers if config.llm.encoder else 0):
+            assert config.llm.encoder is not None
+            passes = 3 if _site("llm/encoder/layers/", layer) >= first else 1
+            per_source_pair += _attention(config.llm.encoder.block) * passes
     if isinstance(config.vision, ViTConfig):
         pairs = (config.vision.positions + config.vision.prefix) ** 2
         for layer in range(used["vision"]):
             passes = 3 if _site("vision/layers/", layer) >= first else 1
             per_tile["vision"] += _attention(config.vision.block) * pairs * passes
-    return Flops(dict(per_tile), dict(per_token), dict(per_supervised), dict(per_pair))
+    return Flops(
+        dict(per_tile), dict(per_token), dict(per_supervised), dict(per_pair), dict(per_source), per_source_pair, per_cross_pair
+    )
 
 
 def peak(device_kind: str) -> float | None:
@@ -130,9 +157,11 @@ def _attention(block: BlockConfig) -> float:
 
 def _site(path: str, layer: float) -> Site:
     """The order in which gradients must pass: what stands behind a trained site carries them, what stands in front does not."""
-    top, second = path.split("/")[:2]
+    top, second, *rest = path.split("/")
+    if top == "llm" and second == "encoder":
+        return (2, {"layers": 1 + layer, "relative_bias": 1.0}.get(rest[0], math.inf))
     if top == "llm":
-        return {"embed": (2, 0.0), "layers": (3, float(layer))}.get(second, (4, 0.0))
+        return {"embed": (2, 0.0), "layers": (3, float(layer)), "relative_bias": (3, 0.0)}.get(second, (4, 0.0))
     if top == "connector":
         return (1, 0.0)
     if second == "layers":
@@ -200,6 +229,12 @@ def _is_stacked(path: str) -> bool:
     return "/layers/" in path
 
 
+def _reads_source(path: str) -> bool:
+    """Whether a weight of the LLM is applied to what an encoder-decoder's encoder reads: its own, and those that project its states."""
+    memory = path.startswith(("llm/layers/cross_attention/key/", "llm/layers/cross_attention/value/"))
+    return memory or path.startswith("llm/encoder/")
+
+
 def _is_head(path: str, config: ModelConfig) -> bool:
     tied = config.llm is not None and config.llm.tied_head
     return path.startswith("llm/head/") or (tied and path in ("llm/embed/embedding", "llm/embed/new_rows"))
@@ -212,4 +247,6 @@ def _is_matmul(path: str, config: ModelConfig) -> bool:
 def _part(path: str, config: ModelConfig) -> str:
     if "/adapters/" in path:
         return f"{path.split('/')[0]} adapters"
+    if path.startswith("llm/encoder/"):
+        return "llm encoder"
     return "llm head" if _is_head(path, config) else path.split("/")[0]

@@ -142,7 +142,7 @@ def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
     """The inputs that were generated from: all rows, or one of them without its padding, with its images (a number of
     them, or a range).
     """
-    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "position_ids")}
+    inputs = {name: value for name, value in inputs.items() if name not in ("labels", "position_ids") and "decoder_" not in name}
     if row < 0:
         return inputs
     keep = inputs["attention_mask"][row] != 0 if "attention_mask" in inputs else slice(None)

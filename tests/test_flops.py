@@ -16,6 +16,7 @@ from mmjax.models.config import (
     LoraConfig,
     MobileNetV2Config,
     ModelConfig,
+    RelativeBias,
     Rope,
     ViTConfig,
 )
@@ -126,3 +127,22 @@ def test_utilisation():
     assert flops.peak("TPU v5 lite") == 197e12 and flops.peak("TPU v5p") == 459e12
     assert flops.peak("cpu") is None and flops.mfu(1e12, 1.0, 1, "cpu") is None
     assert flops.mfu(989e12, 2.0, 2, "NVIDIA H200") == 0.25
+
+
+def test_an_encoder_decoder():
+    """T5-small (arXiv 1910.10683): 6 + 6 blocks of width 512, 8 heads of 64, MLPs of 2048."""
+    block = BlockConfig(512, 8, 8, 64, 2048, "relu", "rms", 1e-6, False, False, False, False, scale=1.0)
+    encoder = DecoderConfig(32128, 6, block, 512, causal=False, has_head=False, relative_bias=RelativeBias(32, 128))
+    crossed = dataclasses.replace(block, memory_width=512)
+    t5 = dataclasses.replace(encoder, block=crossed, causal=True, has_head=True, tied_head=True, encoder=encoder)
+    counted = cost(ModelConfig(llm=t5), "llm/**")
+    square, mlp, pair = 512 * 512, 2 * 512 * 2048, 3 * 4 * 512
+    assert counted.per_source == {"llm encoder": 6 * 6 * (4 * square + mlp), "llm": 6 * 6 * 2 * square}
+    assert counted.per_token == {"llm": 6 * 6 * (6 * square + mlp)}
+    assert counted.per_supervised == {"llm head": 6 * 512 * 32128}
+    parts = counted.count([40], 40, 0, sources=[100])
+    assert parts["llm attention"] == 6 * pair * (100**2 + 40**2 / 2 + 100 * 40)
+    # nothing is trained in front of the decoder's last block, so that the encoder and the blocks below only run forwards
+    top = cost(ModelConfig(llm=t5), "llm/layers[5:6]/mlp/**")
+    assert top.per_source["llm encoder"] == counted.per_source["llm encoder"] / 3
+    assert top.per_source_pair == counted.per_source_pair / 3

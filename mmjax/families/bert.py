@@ -187,17 +187,8 @@ def _run(
     params: Params, batch: Batch, kinds: jax.Array | None, *, config: ModelConfig, run: Execution, states: bool
 ) -> dict[str, jax.Array]:
     ours, leaves = config.language, params["llm"]
-    decoded = decoder.decode(
-        leaves,
-        ours,
-        multimodal.embed(params, config, batch, run),
-        segments=batch.segments,
-        positions=batch.positions,
-        run=run,
-        adapters=config.adapters,
-        token_types=kinds,
-        return_states=states,
-    )
+    reading = multimodal.read(params, config, batch, run)
+    decoded = multimodal.decode_reading(params, config, reading, run, token_types=kinds, return_states=states)
     found = {"last_hidden_state": decoded.last}
     if ours.pooler:
         found["pooler_output"] = decoder.pool(leaves, decoded.last)

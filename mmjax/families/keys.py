@@ -225,7 +225,7 @@ def check(
     untied = sorted(
         f"{name} (the config ties it to {original})"
         for name, original in copies.items()
-        if name in stored and original in stored and not _equal(stored[name], stored[original])
+        if name in stored and original in stored and not same_tensor(stored[name], stored[original])
     )
     problems = [
         f"  {title} ({len(names)}): " + "; ".join(names[:40]) + (" ..." if len(names) > 40 else "")
@@ -336,5 +336,5 @@ def _read(stored: Mapping[str, Stored], piece: Piece) -> np.ndarray:
     return piece.rule.form.ours(piece.cut(stored[piece.name].read()))
 
 
-def _equal(a: Stored, b: Stored) -> bool:
+def same_tensor(a: Stored, b: Stored) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and np.array_equal(a.read(), b.read())

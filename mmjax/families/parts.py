@@ -21,6 +21,7 @@ from mmjax.families import (
     qwen2,
     qwen3,
     siglip_vision,
+    t5,
 )
 from mmjax.families.family import Config, Family
 
@@ -38,6 +39,7 @@ LANGUAGE = (
     gpt2.FAMILY,
     gpt_neox.FAMILY,
     mpt.FAMILY,
+    t5.FAMILY,
 )
 VISION = (clip_vision.FAMILY, siglip_vision.FAMILY, mobilenet_v2.FAMILY)
 

@@ -53,7 +53,8 @@ _COLUMNS = (
 def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str, key: str) -> dict[str, float]:
     """The figures of `_COLUMNS` for one stage. `dtype`: of frozen weights; `key` names the stage in errors.
 
-    Every position that is not the picture's is taken to be supervised, and every row to be full.
+    Every position that is not the picture's is taken to be supervised, and every row to be full. An encoder-decoder's encoder
+    reads the row, and its decoder writes as many positions as are supervised.
     """
     selection = select(params, stage.trainable, f"{key}.trainable")
     trainable = shapes(params, selection, stage.param_dtype)
@@ -70,7 +71,10 @@ def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str,
         length, per_row = 0.0, 1
         parts = cost.count([], 0, 1, encoded)
     else:
-        parts = cost.count([length], max(0.0, length - media), 1 if stage.tiles else 0, encoded)
+        supervised, tiles = max(0.0, length - media), 1 if stage.tiles else 0
+        sequence_to_sequence = config.llm is not None and config.llm.encoder is not None
+        lengths, sources = ([supervised], [length]) if sequence_to_sequence else ([length], [])
+        parts = cost.count(lengths, supervised, tiles, encoded, sources)
     per_sample = sum(parts.values())
     figures = (
         trained,

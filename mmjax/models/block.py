@@ -149,7 +149,8 @@ def memory_keys_values(
 class Block(nn.Module):
     """Attention and MLP with norms and residuals (see BlockConfig): x [rows, T, width] -> the same.
 
-    `dropout` acts on what each of them adds to the residual. `mesh` is needed where experts are divided over one.
+    `dropout` acts on what each of them adds to the residual. `mesh` is needed where experts are divided over one, `dtype` (of what
+    attention and MLP compute in) where the residual is wide.
     """
 
     config: BlockConfig
@@ -158,6 +159,7 @@ class Block(nn.Module):
     backend: str = "auto"
     dropout: float = 0.0
     mesh: Mesh | None = None
+    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
@@ -168,7 +170,8 @@ class Block(nn.Module):
             return Norm(c.norm, c.norm_eps, c.norm_bias, name=name)
 
         def before(name: str, x: jax.Array) -> jax.Array:
-            return x if c.norm_place == "after" else norm(f"{name}_norm")(x)
+            y = x if c.norm_place == "after" else norm(f"{name}_norm")(x)
+            return y.astype(self.dtype) if c.wide_residual and self.dtype else y
 
         def change(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
             """What the sublayer adds to the residual, from its input x and its output y."""
@@ -186,7 +189,8 @@ class Block(nn.Module):
 
         def mlp(x: jax.Array) -> jax.Array:
             if c.experts is None:
-                return MLP(c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias, name="mlp", **settings)(x)
+                shape = (c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias)
+                return MLP(*shape, wide=c.wide_residual, name="mlp", **settings)(x)
             y, logits = MixtureOfExperts(c.experts, c.mlp_width, c.activation, self.mesh, name="mlp")(x)
             if around.route is not None:
                 around.route(logits)

@@ -76,7 +76,7 @@ def init(key: jax.Array, config: DecoderConfig) -> Params:
         embed["norm"] = _norm(config).init(key, x)["params"]
     if config.embed_width:
         embed["project_in"] = linear(keys[5], config.embed_width, width)
-    params = {
+    params: Params = {
         "embed": embed,
         "layers": init_stack(lambda k: Block(block).init(k, x, around)["params"], keys[1], config.layers),
     }

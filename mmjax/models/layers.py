@@ -37,6 +37,12 @@ def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return x @ stored(kernel).astype(x.dtype)
 
 
+@jax.checkpoint
+def wide_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """`matmul` whose sums, kept in float32, are its result."""
+    return jnp.matmul(x, stored(kernel).astype(x.dtype), preferred_element_type=jnp.float32)
+
+
 def stored(kernel: jax.Array) -> jax.Array:
     """The numbers of a kernel that is kept as raw bfloat16 bits (uint16); any other kernel as it is.
 
@@ -65,13 +71,14 @@ class Linear(nn.Module):
     deterministic: bool = True
     kernel_init: Callable = fan_in_normal
     bias_init: Callable = nn.initializers.zeros
+    wide: bool = False  # the output is float32, whatever the input is
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = matmul(x, kernel)
+        y = wide_matmul(x, kernel) if self.wide else matmul(x, kernel)
         if self.use_bias:
-            y = y + self.param("bias", self.bias_init, (self.features,)).astype(x.dtype)
+            y = y + self.param("bias", self.bias_init, (self.features,)).astype(y.dtype)
         if self.has_variable("params", "adapters"):
             leaves: Any = self.get_variable("params", "adapters")
             for adapter in self.adapters:
@@ -122,15 +129,16 @@ class MLP(nn.Module):
     use_bias: bool
     adapters: tuple[LoraConfig, ...] = ()
     deterministic: bool = True
+    wide: bool = False  # the output is float32, whatever the input is
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        def linear(name: str, width: int) -> Linear:
-            return Linear(width, self.use_bias, self.adapters, self.deterministic, name=name)
+        def linear(name: str, width: int, wide: bool = False) -> Linear:
+            return Linear(width, self.use_bias, self.adapters, self.deterministic, wide=wide, name=name)
 
         act = ACTIVATIONS[self.activation]
         if self.gated:
             h = act(linear("gate", self.hidden)(x)) * linear("up", self.hidden)(x)
         else:
             h = act(linear("up", self.hidden)(x))
-        return linear("down", self.out)(h)
+        return linear("down", self.out, self.wide)(h)

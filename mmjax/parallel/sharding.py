@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**/layers/**/{output,down}/adapters/*/lora_b", (None, "fsdp")),
     ("**/layers/**/experts_{gate,up}/kernel", ("expert", "fsdp", "tensor")),
     ("**/layers/**/experts_down/kernel", ("expert", "tensor", "fsdp")),
+    ("llm/**/{pooler,transform}/kernel", ("fsdp", "tensor")),
     ("connector/**/kernel", ("fsdp", None)),
     ("**", ()),
 )
