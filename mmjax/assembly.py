@@ -23,7 +23,7 @@ from mmjax.loading import load, load_connector
 from mmjax.model import Model
 from mmjax.models import adapters as lora
 from mmjax.models import multimodal
-from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, MobileNetV2Config, ModelConfig
+from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
 from mmjax.tree import Params
@@ -114,7 +114,6 @@ def connector_config(
     """The connector between an encoder and a language model of this width; `kind` may be LLaVA's mlpNx_gelu."""
     tower = vision.vision
     assert tower is not None
-    kept = features.keep_class_token and getattr(tower, "class_token", False)
     kind, depth = section.kind, 2
     if named := re.fullmatch(r"mlp(\d+)x_gelu", kind):
         kind, depth = "mlp", int(named[1])
@@ -122,7 +121,7 @@ def connector_config(
         kind=kind,  # type: ignore[arg-type]
         in_width=tower.feature_width * len(features.layers),
         out_width=width,
-        positions=tower.positions + kept,
+        positions=features.positions(tower),
         depth=depth,
         hidden_width=section.hidden_width,
         bias=section.bias,
@@ -167,7 +166,8 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         return _with_adapters(dataclasses.replace(config, features=features), section), family, foreign
     if not found:
         raise UserError("model: neither llm nor vision is given")
-    language, tower = found["llm"][0], _resized(found["vision"][0], section.image.size)
+    language, tower = found["llm"][0], found["vision"][0]
+    tower = tower.at_size(section.image.size) if section.image.size else tower
     assert language.llm is not None
     mean, std = section.image.mean or tower.image_mean, section.image.std or tower.image_std
     config = dataclasses.replace(
@@ -196,6 +196,7 @@ def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, 
             vision=_headless(source.config.vision) if name == "vision" else None,
             image_mean=own.mean if own else source.config.image_mean,
             image_std=own.std if own else source.config.image_std,
+            image_aspect=source.config.image_aspect,
         )
         foreign = source.foreign.get({"llm": "text_config", "vision": "vision_config"}[name], source.foreign)
         family = (parts.language if name == "llm" else parts.vision)(
@@ -218,7 +219,7 @@ def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, 
 
 def _typed(part: Config, whole: Config, name: str) -> Config:
     """A part's config with its model_type, which two-tower files may leave out."""
-    known = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+    known = {name: f"{name}_vision_model" for name in ("clip", "siglip", "siglip2")}
     default = known.get(whole["model_type"], whole["model_type"]) if name == "vision" else "llama"
     return {"model_type": default, **part}
 
@@ -227,18 +228,6 @@ def _headless(vision: Any) -> Any:
     """An encoder without its projection and its classifier: a connector reads neither, and neither is loaded."""
     gone = {name: 0 for name in ("projection", "classes") if hasattr(vision, name)}
     return dataclasses.replace(vision, **gone)
-
-
-def _resized(tower: ModelConfig, size: int) -> ModelConfig:
-    """The encoder at another picture size; a vision transformer, whose positions are learned, has only its own."""
-    assert tower.vision is not None
-    if not size or size == tower.vision.image_size:
-        return tower
-    if not isinstance(tower.vision, MobileNetV2Config):
-        raise UserError(
-            f"model.image.size = {size}, but the encoder was made for {tower.vision.image_size} pixels a side"
-        )
-    return dataclasses.replace(tower, vision=dataclasses.replace(tower.vision, image_size=size))
 
 
 def _source(part: Part, key: str, weights: bool = False) -> Published | Config | None:

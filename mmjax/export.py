@@ -18,7 +18,8 @@ from mmjax.errors import UserError
 from mmjax.families import composed, keys, llava, llava_llama
 from mmjax.families.family import Config, Family
 from mmjax.model import Model
-from mmjax.models.config import ModelConfig
+from mmjax.models import vit
+from mmjax.models.config import ModelConfig, ViTConfig
 from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
 
 LAYOUTS = {"hf": llava.FAMILY, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}
@@ -45,6 +46,8 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
             "write them by themselves in peft's layout"
         )
     family, foreign = _target(model, layout)
+    if family is not composed.FAMILY and foreign.get("vision_config", {}).get("model_type") not in llava.ANY_SIZE:
+        model = _with_own_positions(model)
     if family is llava.FAMILY and foreign.get("image_token_index") is None:
         model, foreign = _with_placeholder(model, foreign)
     params, config = model.params, _without_heads(model.config, family)
@@ -92,7 +95,7 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
             raise UserError(f"layout {layout!r} is for models with a connector")
         return model.family, model.foreign
     if not layout:
-        layout = "mmjax" if llava.expressible(model.config) else "hf"
+        layout = "mmjax" if llava.expressible(model.config, _part_configs(model)[1]) else "hf"
     family = LAYOUTS[layout]
     if family is model.family:
         return family, model.foreign
@@ -126,6 +129,18 @@ def _part_configs(model: Model) -> tuple[Config, Config]:
         text = {k: v for k, v in llava_llama.text_config(model.foreign).items() if not k.startswith(_NOT_TEXT)}
         return text, llava_llama.vision_config(model.foreign, "config.json")
     return model.foreign["text_config"], model.foreign["vision_config"]
+
+
+def _with_own_positions(model: Model) -> Model:
+    """The model with positions for the size that it is run at, for layouts whose code would not interpolate them."""
+    vision = model.config.vision
+    if not isinstance(vision, ViTConfig) or not vision.native_size or not vision.learned_positions:
+        return model
+    flat, side = dict(tree.flatten(model.params)), vision.image_size // vision.patch_size
+    table = jnp.asarray(flat["vision/positions"])
+    flat["vision/positions"] = vit.positions(table, vision, side, side).astype(table.dtype)
+    config = dataclasses.replace(model.config, vision=dataclasses.replace(vision, native_size=0))
+    return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
 
 
 def _without_heads(config: ModelConfig, family: Family) -> ModelConfig:

@@ -20,11 +20,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 
 def image_processor(config: ModelConfig, *, aspect: str = "", size: int = 0) -> ImageProcessor:
-    """The processor of an encoder: its own size, mean and deviation; class-token towers (CLIP) crop, others squash."""
+    """The processor of an encoder: its own size, aspect, mean and deviation."""
     tower = config.vision
     assert tower is not None
-    own = "crop" if getattr(tower, "class_token", False) else "squash"
-    return ImageProcessor(size or tower.image_size, aspect or own, config.image_mean, config.image_std)
+    return ImageProcessor(size or tower.image_size, aspect or config.image_aspect, config.image_mean, config.image_std)
 
 
 def read_image_processor(directory: Path, config: ModelConfig) -> ImageProcessor | None:
@@ -102,7 +101,7 @@ def write_image_processor(processor: ImageProcessor, config: ModelConfig, direct
             "processor_class": "LlavaProcessor",
             "image_token": PLACEHOLDER,
             "patch_size": tower.patch_size,
-            "num_additional_image_tokens": int(tower.class_token),
+            "num_additional_image_tokens": tower.prefix,
             "vision_feature_select_strategy": strategy,
         }
         (directory / "processor_config.json").write_text(json.dumps(joined, indent=2) + "\n")

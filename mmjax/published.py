@@ -16,7 +16,8 @@ from mmjax.families import find, keys
 from mmjax.families.family import Config, Family
 from mmjax.families.keys import Rule
 from mmjax.models import multimodal
-from mmjax.models.config import ModelConfig
+from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.preprocessing import read_image_processor
 from mmjax.tree import Params
 
 SAMPLES = 64  # places of each weight file that go into a fingerprint
@@ -79,7 +80,15 @@ def open_published(directory: Path) -> Published:
         if not foreign.get(f"{part}_config"):
             other = open_published(locate(name, directory)).foreign
             foreign = {**foreign, f"{part}_config": other.get(f"{part}_config", other)}
-    return Published(directory, foreign, family, family.read_config(foreign, where))
+    return Published(directory, foreign, family, _as_prepared(directory, family.read_config(foreign, where)))
+
+
+def _as_prepared(directory: Path, config: ModelConfig) -> ModelConfig:
+    """A multimodal model at the size that its image processor gives pictures: its encoder may have been made for another."""
+    if config.connector is None or not isinstance(config.vision, ViTConfig):
+        return config
+    processor = read_image_processor(directory, config)
+    return config.at_size(processor.height) if processor and processor.height == processor.width else config
 
 
 def load_leaves(

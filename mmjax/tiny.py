@@ -18,6 +18,7 @@ SIZES: dict[str, int] = {
     "projection_dim": 32,
     "image_size": 84,
     "patch_size": 14,
+    "num_patches": 36,
 }
 """Fields of a config.json that are sizes, and their tiny values. Those a config does not have are not added. 6 x 6 patches can
 be put together by 4 and by 9."""

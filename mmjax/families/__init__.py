@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip
+from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip, siglip2
 from mmjax.families.family import Config, Family
 
 FAMILIES = (
@@ -10,6 +10,7 @@ FAMILIES = (
     llava_llama.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
+    siglip2.FAMILY,
     composed.FAMILY,
     bert.FAMILY,
     *parts.LANGUAGE,

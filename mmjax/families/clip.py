@@ -5,21 +5,23 @@ it.
 from __future__ import annotations
 
 from mmjax.families import clip_vision, vision
-from mmjax.families.clip_vision import read_block, write_block
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, rule
 from mmjax.families.siglip import text_rules
-from mmjax.models.config import ModelConfig, TextTowerConfig, ViTConfig
+from mmjax.families.towers import architecture, read_block, tower, write_block, write_tower
+from mmjax.models.config import ModelConfig, TextTowerConfig
 
 
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
+    fields.only("quantization_config")
+    architecture(fields)
     projection = fields.get("projection_dim", 512)
-    tower = Fields(fields.part("vision_config", "clip_vision_model"), f"{where}: vision_config")
+    image = Fields(fields.part("vision_config", "clip_vision_model"), f"{where}: vision_config")
     text = Fields(fields.part("text_config", "clip_text_model"), f"{where}: text_config")
     return ModelConfig(
-        vision=clip_vision.read_tower(tower, projection),
+        vision=clip_vision.read_tower(image, projection),
         text=TextTowerConfig(
             vocab_size=text.get("vocab_size", 49408),
             layers=text.get("num_hidden_layers", 12),
@@ -33,18 +35,19 @@ def _read(config: Config, where: str) -> ModelConfig:
         ),
         image_mean=clip_vision.MEAN,
         image_std=clip_vision.STD,
+        image_aspect="crop",
     )
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
-    assert isinstance(config.vision, ViTConfig) and config.text is not None
-    text, before = config.text, base.get("text_config", {})
+    assert config.text is not None
+    encoder, text, before = tower(config), config.text, base.get("text_config", {})
     return {
         **base,
         "architectures": ["CLIPModel"],
         "model_type": "clip",
-        "projection_dim": config.vision.projection,
-        "vision_config": clip_vision.write_tower(config.vision, base.get("vision_config", {}), "clip_vision_model"),
+        "projection_dim": encoder.projection,
+        "vision_config": write_tower(encoder, base.get("vision_config", {}), "clip_vision_model"),
         "text_config": {
             **before,
             "model_type": "clip_text_model",
@@ -57,9 +60,8 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
-    assert isinstance(config.vision, ViTConfig)
     return [
-        *clip_vision.tower_rules(config.vision),
+        *clip_vision.tower_rules(tower(config)),
         *linear("visual_projection", "vision/projection", bias=False),
         *text_rules(linear("text_projection", "text/projection", bias=False)),
         rule("logit_scale", "logit_scale"),
@@ -71,6 +73,6 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     rules=_rules,
-    inputs=vision.TWO_TOWER_INPUTS,
+    inputs=(*vision.INPUTS, *vision.TEXT_INPUTS),
     outputs=vision.two_tower_outputs,
 )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mmjax.families import vision
 from mmjax.families.family import Config, Family
-from mmjax.families.fields import Fields, activation_name
+from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, patches, rule
-from mmjax.models.config import BlockConfig, ModelConfig, ViTConfig
+from mmjax.families.towers import architecture, norm_rules, read_block, tower, write_tower
+from mmjax.models.config import ModelConfig, ViTConfig
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -14,7 +15,6 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 
 def read_tower(fields: Fields, projection: int = 0) -> ViTConfig:
     """CLIP's vision_config."""
-    fields.only("quantization_config")
     return ViTConfig(
         image_size=fields.square("image_size", 224),
         patch_size=fields.square("patch_size", 32),
@@ -24,66 +24,25 @@ def read_tower(fields: Fields, projection: int = 0) -> ViTConfig:
         class_token=True,
         patch_bias=False,
         pre_norm=True,
-        post_norm=True,
+        post_norm="pooled",
         pooling="class_token",
         projection=projection,
     )
 
 
-def read_block(fields: Fields, width: int, heads: int, mlp_width: int, activation: str, eps: float) -> BlockConfig:
-    """The block of a CLIP or SigLIP tower; the arguments are what absent fields mean."""
-    width, heads = fields.get("hidden_size", width), fields.get("num_attention_heads", heads)
-    return BlockConfig(
-        width=width,
-        heads=heads,
-        kv_heads=heads,
-        head_dim=width // heads,
-        mlp_width=fields.get("intermediate_size", mlp_width),
-        activation=fields.activation("hidden_act", activation),
-        norm="layer",
-        norm_eps=fields.get("layer_norm_eps", eps),
-        gated_mlp=False,
-        qkv_bias=True,
-        output_bias=True,
-        mlp_bias=True,
-    )
-
-
-def write_block(block: BlockConfig, layers: int, base: Config) -> Config:
-    return {
-        "hidden_size": block.width,
-        "intermediate_size": block.mlp_width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": block.heads,
-        "hidden_act": activation_name(block.activation, base.get("hidden_act")),
-        "layer_norm_eps": block.norm_eps,
-    }
-
-
-def write_tower(tower: ViTConfig, base: Config, model_type: str) -> Config:
-    return {
-        **base,
-        "model_type": model_type,
-        **write_block(tower.block, tower.layers, base),
-        "image_size": tower.image_size,
-        "patch_size": tower.patch_size,
-        "num_channels": tower.channels,
-    }
-
-
 def block_rules(theirs: str, ours: str) -> list[Rule]:
     """The layers of a CLIP or SigLIP tower, vision or text."""
-    table = norm(theirs + "layer_norm1", ours + "attention_norm") + norm(theirs + "layer_norm2", ours + "mlp_norm")
+    table = norm_rules(theirs, ours, ("layer_norm1", "layer_norm2"))
     for name, path in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "output")):
         table += linear(f"{theirs}self_attn.{name}", f"{ours}attention/{path}")
     return table + linear(theirs + "mlp.fc1", ours + "mlp/up") + linear(theirs + "mlp.fc2", ours + "mlp/down")
 
 
-def tower_rules(tower: ViTConfig) -> list[Rule]:
+def tower_rules(encoder: ViTConfig) -> list[Rule]:
     """The names of the tower alone, without the projection."""
     return [
         rule("vision_model.embeddings.class_embedding", "vision/class_embedding"),
-        rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", form=patches(tower.channels)),
+        rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", form=patches(encoder.channels)),
         rule("vision_model.embeddings.position_embedding.weight", "vision/positions"),
         *norm("vision_model.pre_layrnorm", "vision/pre_norm"),
         *block_rules("vision_model.encoder.layers.{i}.", "vision/layers/"),
@@ -92,25 +51,25 @@ def tower_rules(tower: ViTConfig) -> list[Rule]:
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
-    assert isinstance(config.vision, ViTConfig)
-    table = tower_rules(config.vision)
-    return table + linear("visual_projection", "vision/projection", bias=False) if config.vision.projection else table
+    encoder = tower(config)
+    table = tower_rules(encoder)
+    return table + linear("visual_projection", "vision/projection", bias=False) if encoder.projection else table
 
 
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
+    architecture(fields)
     projected = "CLIPVisionModelWithProjection" in fields.get("architectures", [])
-    tower = read_tower(fields, fields.get("projection_dim", 512) if projected else 0)
-    return ModelConfig(vision=tower, image_mean=MEAN, image_std=STD)
+    encoder = read_tower(fields, fields.get("projection_dim", 512) if projected else 0)
+    return ModelConfig(vision=encoder, image_mean=MEAN, image_std=STD, image_aspect="crop")
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
-    assert isinstance(config.vision, ViTConfig)
-    tower = config.vision
-    written = write_tower(tower, base, "clip_vision_model")
-    if tower.projection:
-        written["projection_dim"] = tower.projection
-    return {**written, "architectures": ["CLIPVisionModelWithProjection" if tower.projection else "CLIPVisionModel"]}
+    encoder = tower(config)
+    written = write_tower(encoder, base, "clip_vision_model")
+    if encoder.projection:
+        written["projection_dim"] = encoder.projection
+    return {**written, "architectures": ["CLIPVisionModelWithProjection" if encoder.projection else "CLIPVisionModel"]}
 
 
 FAMILY = Family(

@@ -28,6 +28,8 @@ def _read(config: Config, where: str) -> ModelConfig:
     except (TypeError, KeyError) as error:
         raise UserError(f"{where}: the connector or its features are not described as they must be: {error}") from error
     tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
+    if size := fields.get("image_size", 0):
+        tower = tower.at_size(size)
     language = parts.language(text, f"{where}: text_config").read_config(text, f"{where}: text_config")
     return dataclasses.replace(
         tower,
@@ -41,10 +43,11 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 def _write(config: ModelConfig, base: Config) -> Config:
     text, image = base["text_config"], base["vision_config"]
-    assert config.connector is not None
+    assert config.connector is not None and config.vision is not None
     return {
         **base,
         "model_type": "mmjax",
+        "image_size": config.vision.image_size,
         "text_config": parts.language(text, "text_config").write_config(config, text),
         "vision_config": parts.vision(image, "vision_config").write_config(config, image),
         "connector": dataclasses.asdict(config.connector),

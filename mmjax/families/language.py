@@ -18,8 +18,8 @@ import numpy as np
 from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.families.family import Config, Inputs
-from mmjax.models import connectors, decoder, multimodal
-from mmjax.models.config import Execution, FeatureSpec, ModelConfig
+from mmjax.models import connectors, decoder, multimodal, vit
+from mmjax.models.config import Execution, ModelConfig, ViTConfig
 from mmjax.models.experts import balance_loss
 from mmjax.tree import Params
 
@@ -91,12 +91,13 @@ def run_language(
     params: Params, batch: Batch, *, config: ModelConfig, run: Execution, states: bool
 ) -> dict[str, jax.Array]:
     """All outputs of the LLM for a batch, and of the encoder and connector where there are images: `image_features`
-    [images, positions, width] for each feature layer, as the encoder gives them (class token included), and
+    [images, positions, width] for each feature layer, as the encoder gives them (class token and registers included), and
     `connector_output` [images, tokens, LLM width].
     """
-    assert config.llm is not None and batch.segments is not None and batch.positions is not None
+    assert batch.segments is not None and batch.positions is not None
     found: dict[str, jax.Array] = {}
     if batch.images is not None:
+        config = config.for_pictures(*batch.images.shape[-3:-1])
         assert config.connector is not None
         features, connected = media_features(params, config, batch, run)
         names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
@@ -105,6 +106,7 @@ def run_language(
         found["connector_output"] = connectors.connect(
             params["connector"], config.connector, connected, config.adapters
         )
+    assert config.llm is not None
     embedded = multimodal.embed(params, config, batch, run)
     decoded = decoder.decode(
         params["llm"],
@@ -131,14 +133,12 @@ def run_language(
 def media_features(
     params: Params, config: ModelConfig, batch: Batch, run: Execution
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The encoder's states of the feature layers with the class token, and what the connector reads of them."""
+    """The encoder's states of the feature layers with everything in front of the patches, and what the connector reads of them."""
     assert batch.images is not None
-    spec = FeatureSpec(config.features.layers, keep_class_token=True, post_norm=config.features.post_norm)
-    whole = multimodal.vision_features(params, _with(config, spec), jnp.asarray(batch.images), run)[0]
-    layers = jnp.split(whole, len(spec.layers), -1)
-    drop = getattr(config.vision, "class_token", False) and not config.features.keep_class_token
-    return layers, whole[:, 1:] if drop else whole
-
-
-def _with(config: ModelConfig, features: FeatureSpec) -> ModelConfig:
-    return dataclasses.replace(config, features=features)
+    images = jnp.asarray(batch.images)
+    if not isinstance(config.vision, ViTConfig):
+        found = multimodal.vision_features(params, config, images, run)[0]
+        return [found], found
+    spec = dataclasses.replace(config.features, keep_class_token=True, keep_registers=True)
+    whole = multimodal.vision_features(params, dataclasses.replace(config, features=spec), images, run)[0]
+    return jnp.split(whole, len(spec.layers), -1), vit.kept(config.vision, config.features, whole)

@@ -21,12 +21,18 @@ from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, ModelCo
 from mmjax.tree import Params
 
 PLACEHOLDER = 32000
-TOWER = r"(?=(embeddings|pre_layrnorm|encoder|post_layernorm|head)\.)"
+# Names of CLIP's and SigLIP's tensors, which may stand below `vision_model.` or not; other towers' never do.
+TOWER = r"(?=embeddings\.(class|patch|position)_embedding\b|pre_layrnorm\.|encoder\.layers\.|post_layernorm\.|head\.)"
+FIXED_SIZE = ("clip_vision_model", "siglip_vision_model", "vit")
+ANY_SIZE = ("dinov2", "dinov2_with_registers", "internvl_vision")
+"""Towers that transformers' llava can be made of; it interpolates positions for other pictures only in those of ANY_SIZE."""
 
 
 def _parts(config: Config, where: str) -> tuple[Config, Config]:
+    """text_config and vision_config. Whatever head the tower was published with is not part of the whole."""
     fields = Fields(config, where)
-    return fields.part("text_config", "llama"), fields.part("vision_config", "clip_vision_model")
+    image = fields.part("vision_config", "clip_vision_model")
+    return fields.part("text_config", "llama"), {k: v for k, v in image.items() if k != "architectures"}
 
 
 def _read(config: Config, where: str) -> ModelConfig:
@@ -44,6 +50,7 @@ def _read(config: Config, where: str) -> ModelConfig:
     spec = FeatureSpec(
         layers=tuple(layers) if isinstance(layers, (list, tuple)) else (layers,),
         keep_class_token=_keeps_class_token(fields, tower),
+        keep_registers=True,
     )
     if fields.get("tie_word_embeddings", False) and not llm.tied_head:
         raise UserError(f"{where}: tie_word_embeddings differs between the whole and its text_config")
@@ -54,14 +61,15 @@ def _read(config: Config, where: str) -> ModelConfig:
         connector=ConnectorConfig(
             kind="mlp",
             in_width=vision_config.feature_width * len(spec.layers),
-            out_width=llm.block.width,
-            positions=vision_config.positions + (spec.keep_class_token and _class_token(tower)),
+            out_width=llm.input_width,
+            positions=spec.positions(vision_config),
             activation=fields.activation("projector_hidden_act", "gelu"),
             bias=fields.get("multimodal_projector_bias", True),
         ),
         features=spec,
         image_mean=tower.image_mean,
         image_std=tower.image_std,
+        image_aspect=tower.image_aspect,
     )
 
 
@@ -83,13 +91,17 @@ def _keeps_class_token(fields: Fields, tower: ModelConfig) -> bool:
     return strategy == "full"
 
 
-def expressible(config: ModelConfig) -> str:
-    """Why this layout cannot hold a model; "" if it can."""
+def expressible(config: ModelConfig, image: Config) -> str:
+    """Why this layout cannot hold a model with this vision_config; "" if it can."""
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
     if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width) or c.grid:
         return "its connector is a two-layer MLP as wide as the language model, over every position"
+    if image["model_type"] not in FIXED_SIZE + ANY_SIZE:
+        return f"transformers has no llava around a {image['model_type']}"
+    if config.vision.registers and not config.features.keep_registers:
+        return "its connector reads the encoder's registers as well"
     if config.features.post_norm:
         return "its connector reads the encoder's states before the last norm"
     if config.llm.head_bias:
@@ -98,11 +110,10 @@ def expressible(config: ModelConfig) -> str:
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
-    why = expressible(config)
-    if why:
+    text, image = _parts(base, "the model's config")
+    if why := expressible(config, image):
         raise UserError(f"the model does not fit the Hugging Face llava layout: {why}")
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
-    text, image = _parts(base, "the model's config")
     layers = config.features.layers
     keeps = config.features.keep_class_token or not config.vision.class_token
     text = parts.language(text, "text_config").write_config(config, text)
@@ -146,9 +157,10 @@ def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     rows = language.text_batch(config, inputs, placeholder(foreign))
     found = int((np.asarray(rows.media) >= 0).sum())
     images = vision.pixels(inputs) if "pixel_values" in inputs else None
-    needed = 0 if images is None else len(images) * config.tokens_per_tile
+    tokens = config.tokens_per_tile if images is None else config.for_pictures(*images.shape[1:3]).tokens_per_tile
+    needed = 0 if images is None else len(images) * tokens
     if found != needed:
-        given = f"{0 if images is None else len(images)} images of {config.tokens_per_tile} tokens"
+        given = f"{0 if images is None else len(images)} images of {tokens} tokens"
         raise UserError(f"input_ids hold {found} image tokens, but {given} are given")
     return with_images(rows, images)
 

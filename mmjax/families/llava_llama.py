@@ -61,6 +61,7 @@ def _read(config: Config, where: str) -> ModelConfig:
             f"{where}: mm_hidden_size is {config['mm_hidden_size']}, the vision tower's is {tower.vision.feature_width}"
         )
     kind, depth = projector(fields.get("mm_projector_type", "linear"), where)
+    spec = FeatureSpec((fields.get("mm_vision_select_layer", -2),), keeps, keep_registers=True)
     return ModelConfig(
         llm=llm,
         vision=tower.vision,
@@ -68,12 +69,13 @@ def _read(config: Config, where: str) -> ModelConfig:
             kind=kind,  # type: ignore[arg-type]
             depth=depth,
             in_width=tower.vision.feature_width,
-            out_width=llm.block.width,
-            positions=tower.vision.positions + (keeps and tower.vision.class_token),
+            out_width=llm.input_width,
+            positions=spec.positions(tower.vision),
         ),
-        features=FeatureSpec(layers=(fields.get("mm_vision_select_layer", -2),), keep_class_token=keeps),
+        features=spec,
         image_mean=tower.image_mean,
         image_std=tower.image_std,
+        image_aspect=tower.image_aspect,
     )
 
 
@@ -109,6 +111,8 @@ def expressible(config: ModelConfig) -> str:
         or c.grid
     ):
         return "its connector is linear, the identity or mlpNx_gelu, as wide as the language model and with biases"
+    if config.vision.registers and not config.features.keep_registers:
+        return "its connector reads the encoder's registers as well"
     if config.features.post_norm or len(config.features.layers) != 1:
         return "its connector reads one of the encoder's states, before the last norm"
     return ""
@@ -170,6 +174,7 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     mask = inputs.get("attention_mask", np.ones_like(ids)) != 0
     labels = inputs.get("labels", np.full_like(ids, IGNORED))
     images = vision.pixels(inputs, "images") if "images" in inputs else None
+    config = config.for_pictures(*images.shape[1:3]) if images is not None else config
     tokens, longest = config.tokens_per_tile, foreign.get("tokenizer_model_max_length")
     rows, image = [], 0
     for row, keep, targets in zip(ids, mask, labels):

@@ -6,10 +6,13 @@ from typing import Mapping
 
 from mmjax.errors import UserError
 from mmjax.families import (
+    blip_2_vision,
     clip_vision,
+    dinov2,
     gemma,
     gpt2,
     gpt_neox,
+    internvl_vision,
     llama,
     mistral,
     mixtral,
@@ -20,8 +23,10 @@ from mmjax.families import (
     phi3,
     qwen2,
     qwen3,
+    siglip2_vision,
     siglip_vision,
     t5,
+    vit,
 )
 from mmjax.families.family import Config, Family
 
@@ -41,7 +46,16 @@ LANGUAGE = (
     mpt.FAMILY,
     t5.FAMILY,
 )
-VISION = (clip_vision.FAMILY, siglip_vision.FAMILY, mobilenet_v2.FAMILY)
+VISION = (
+    clip_vision.FAMILY,
+    siglip_vision.FAMILY,
+    siglip2_vision.FAMILY,
+    vit.FAMILY,
+    dinov2.FAMILY,
+    blip_2_vision.FAMILY,
+    internvl_vision.FAMILY,
+    mobilenet_v2.FAMILY,
+)
 
 
 def language(config: Config, where: str) -> Family:

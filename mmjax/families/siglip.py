@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Callable
+
 from mmjax.families import siglip_vision, vision
-from mmjax.families.clip_vision import block_rules, read_block, write_block
+from mmjax.families.clip_vision import block_rules
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, leading, linear, norm, rule
+from mmjax.families.towers import architecture, read_block, tower, write_block
 from mmjax.models.config import ModelConfig, TextTowerConfig, ViTConfig
 
 
-def _read(config: Config, where: str) -> ModelConfig:
+def read(config: Config, where: str, read_tower: Callable[[Fields], ViTConfig]) -> ModelConfig:
+    """A model of SigLIP's kind around the vision tower that `read_tower` makes of vision_config."""
     fields = Fields(config, where)
-    tower = siglip_vision.read_tower(
-        Fields(fields.part("vision_config", "siglip_vision_model"), f"{where}: vision_config")
-    )
+    fields.only("quantization_config")
+    architecture(fields)
+    image = Fields(fields.part("vision_config", "siglip_vision_model"), f"{where}: vision_config")
     text = Fields(fields.part("text_config", "siglip_text_model"), f"{where}: text_config")
     block = read_block(text, 768, 12, 3072, "gelu_pytorch_tanh", 1e-6)
     return ModelConfig(
-        vision=tower,
+        vision=read_tower(image),
         text=TextTowerConfig(
             vocab_size=text.get("vocab_size", 32000),
             layers=text.get("num_hidden_layers", 12),
@@ -35,23 +39,33 @@ def _read(config: Config, where: str) -> ModelConfig:
     )
 
 
-def _write(config: ModelConfig, base: Config) -> Config:
-    assert isinstance(config.vision, ViTConfig) and config.text is not None
+def write(config: ModelConfig, base: Config, image: Config, model_type: str, architecture: str) -> Config:
+    """`image`: the vision_config."""
+    assert config.text is not None
     text, before = config.text, base.get("text_config", {})
     return {
         **base,
-        "architectures": ["SiglipModel"],
-        "model_type": "siglip",
-        "vision_config": siglip_vision.write(config.vision, base.get("vision_config", {})),
+        "architectures": [architecture],
+        "model_type": model_type,
+        "vision_config": image,
         "text_config": {
             **before,
-            "model_type": "siglip_text_model",
+            "model_type": f"{model_type}_text_model",
             **write_block(text.block, text.layers, before),
             "vocab_size": text.vocab_size,
             "max_position_embeddings": text.max_positions,
             "projection_size": text.projection,
         },
     }
+
+
+def _read(config: Config, where: str) -> ModelConfig:
+    return read(config, where, siglip_vision.read_tower)
+
+
+def _write(config: ModelConfig, base: Config) -> Config:
+    image = siglip_vision.write(tower(config), base.get("vision_config", {}))
+    return write(config, base, image, "siglip", "SiglipModel")
 
 
 def text_rules(head: list[Rule]) -> list[Rule]:
@@ -66,9 +80,8 @@ def text_rules(head: list[Rule]) -> list[Rule]:
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
-    assert isinstance(config.vision, ViTConfig)
     return [
-        *siglip_vision.tower_rules(config.vision),
+        *siglip_vision.tower_rules(tower(config)),
         *text_rules(linear("text_model.head", "text/projection")),
         rule("logit_scale", "logit_scale", form=leading(1)),
         rule("logit_bias", "logit_bias", form=leading(1)),
@@ -80,6 +93,6 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     rules=_rules,
-    inputs=vision.TWO_TOWER_INPUTS,
+    inputs=(*vision.INPUTS, *vision.TEXT_INPUTS),
     outputs=vision.two_tower_outputs,
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mmjax.families import vision
-from mmjax.families.clip_vision import block_rules, read_block, write_tower
+from mmjax.families.clip_vision import block_rules
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, leading, linear, norm, patches, rule, transposed
+from mmjax.families.towers import architecture, read_block, tower, write_tower
 from mmjax.models.config import ModelConfig, ViTConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -14,7 +15,6 @@ MEAN = STD = (0.5, 0.5, 0.5)
 
 def read_tower(fields: Fields) -> ViTConfig:
     """SigLIP's vision_config."""
-    fields.only("quantization_config")
     return ViTConfig(
         image_size=fields.square("image_size", 224),
         patch_size=fields.square("patch_size", 16),
@@ -25,20 +25,22 @@ def read_tower(fields: Fields) -> ViTConfig:
     )
 
 
-def write(tower: ViTConfig, base: Config) -> Config:
-    written = write_tower(tower, base, "siglip_vision_model")
-    return {**written, "vision_use_head": tower.pooling == "attention"}
+def write(encoder: ViTConfig, base: Config) -> Config:
+    written = write_tower(encoder, base, "siglip_vision_model")
+    return {**written, "vision_use_head": encoder.pooling == "attention"}
 
 
-def tower_rules(tower: ViTConfig) -> list[Rule]:
+def tower_rules(encoder: ViTConfig) -> list[Rule]:
+    """The names of the tower, alone and in the two-tower model. A NaFlex tower's pictures come cut: its patches go through a Linear."""
+    patch = transposed if encoder.naflex else patches(encoder.channels)
     table = [
-        rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", form=patches(tower.channels)),
+        rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", form=patch),
         rule("vision_model.embeddings.patch_embedding.bias", "vision/patch/bias"),
         rule("vision_model.embeddings.position_embedding.weight", "vision/positions"),
         *block_rules("vision_model.encoder.layers.{i}.", "vision/layers/"),
         *norm("vision_model.post_layernorm", "vision/post_norm"),
     ]
-    if tower.pooling != "attention":
+    if encoder.pooling != "attention":
         return table
     theirs, ours = "vision_model.head.", "vision/pool/"
     query_key_value = [f"{ours}attention/{name}" for name in ("query", "key", "value")]
@@ -54,17 +56,17 @@ def tower_rules(tower: ViTConfig) -> list[Rule]:
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
-    assert isinstance(config.vision, ViTConfig)
-    return tower_rules(config.vision)
+    return tower_rules(tower(config))
 
 
 def _read(config: Config, where: str) -> ModelConfig:
-    return ModelConfig(vision=read_tower(Fields(config, where)), image_mean=MEAN, image_std=STD)
+    fields = Fields(config, where)
+    architecture(fields)
+    return ModelConfig(vision=read_tower(fields), image_mean=MEAN, image_std=STD)
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
-    assert isinstance(config.vision, ViTConfig)
-    return {**write(config.vision, base), "architectures": ["SiglipVisionModel"]}
+    return {**write(tower(config), base), "architectures": ["SiglipVisionModel"]}
 
 
 FAMILY = Family(

@@ -1,15 +1,22 @@
 """Inputs and outputs of vision towers, and of two-tower models, as transformers names them.
 
-Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, `pooler_output` and
-`image_embeds` where the tower has them, and `hidden_states_i` on request. Two towers: also `input_ids`; outputs of
-one tower bear its name, and a tower's `pooler_output` is then its embedding before it is normalised.
+Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, and as far as the tower has them
+`pooler_output`, `image_embeds` and `logits`; `hidden_states_i` on request. Pictures of another size than the tower's own have
+its positions interpolated, as transformers does it with `interpolate_pos_encoding` (which may be given, and forbids it where it
+is false). A NaFlex tower takes pictures cut into patches instead: `pixel_values` [images, patches, pixels of a patch],
+`spatial_shapes` [images, 2] and `pixel_attention_mask` [images, patches]; its states are 0 at padding.
+
+Two towers: also `input_ids`; outputs of one tower bear its name, and a tower's `pooler_output` is then its embedding before
+it is normalised.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import UserError
@@ -18,8 +25,9 @@ from mmjax.models import multimodal, vit
 from mmjax.models.config import Execution, ModelConfig, ViTConfig
 from mmjax.tree import Params
 
-INPUTS = ("pixel_values",)
-TWO_TOWER_INPUTS = ("pixel_values", "input_ids", "attention_mask")
+INPUTS = ("pixel_values", "interpolate_pos_encoding")
+NAFLEX_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
+TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 def pixels(inputs: Inputs, name: str = "pixel_values") -> np.ndarray:
@@ -31,20 +39,57 @@ def pixels(inputs: Inputs, name: str = "pixel_values") -> np.ndarray:
     return np.asarray(inputs[name], np.float32).transpose(0, 2, 3, 1)
 
 
+def pictures(config: ViTConfig, inputs: Inputs) -> np.ndarray | vit.Patches:
+    """Foreign pictures as ours. Raises UserError for those that the tower cannot take."""
+    if config.naflex:
+        return _patches(config, inputs)
+    found, side = pixels(inputs), config.native_side
+    height, width = found.shape[1:3]
+    other = (height // config.patch_size, width // config.patch_size) != (side, side)
+    if other and not inputs.get("interpolate_pos_encoding", True):
+        raise UserError(
+            f"pixel_values of {height} x {width} need interpolated positions, which interpolate_pos_encoding = False forbids"
+        )
+    return found
+
+
+def _patches(config: ViTConfig, inputs: Inputs) -> vit.Patches:
+    for name in ("pixel_values", "spatial_shapes"):
+        if name not in inputs:
+            raise UserError(f"{name} are missing")
+    values, shapes = np.asarray(inputs["pixel_values"], np.float32), inputs["spatial_shapes"].astype(np.int32)
+    size = config.patch_size**2 * config.channels
+    if values.ndim != 3 or values.shape[2] != size:
+        raise UserError(f"pixel_values are [images, patches, {size}], not {list(values.shape)}")
+    images, length = values.shape[:2]
+    if shapes.shape != (images, 2) or (shapes < 1).any() or (shapes.prod(1) > length).any():
+        raise UserError(
+            f"spatial_shapes are the rows and columns of each of {images} images, of {length} patches at most; "
+            f"not {shapes.tolist()}"
+        )
+    real = np.arange(length) < shapes.prod(1)[:, None]
+    seen = np.asarray(inputs.get("pixel_attention_mask", real), np.int32)
+    if seen.shape != (images, length):
+        raise UserError(f"pixel_attention_mask is [{images}, {length}], not {list(seen.shape)}")
+    return vit.Patches(values, shapes, seen)  # type: ignore[arg-type]
+
+
 def outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:
-    found = _tower(params["vision"], pixels(inputs), config=config, run=run)
-    kept = {name: found[name] for name in ("last_hidden_state", "pooler_output", "image_embeds") if name in found}
-    return {**kept, **numbered("hidden_states", found["states"])} if states else kept
+    assert isinstance(config.vision, ViTConfig)
+    found = _tower(params["vision"], pictures(config.vision, inputs), config=config, run=run)
+    hidden = found.pop("states")
+    return {**found, **numbered("hidden_states", hidden)} if states else found
 
 
 def two_tower_outputs(
     params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
 ) -> dict:
+    assert isinstance(config.vision, ViTConfig)
     if "input_ids" not in inputs:
         raise UserError("input_ids are missing")
     ids = inputs["input_ids"].astype(np.int32)
     mask = inputs["attention_mask"].astype(np.int32) if "attention_mask" in inputs else None
-    found = _two_tower(params, pixels(inputs), ids, mask, config=config, run=run)
+    found = _two_tower(params, pictures(config.vision, inputs), ids, mask, config=config, run=run)
     kept = {name: found[name] for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds")}
     kept.update(
         vision_last_hidden_state=found["vision_last"],
@@ -63,28 +108,39 @@ def numbered(name: str, states: jax.Array) -> dict[str, jax.Array]:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"))
-def _tower(params: Params, images: jax.Array, *, config: ModelConfig, run: Execution) -> dict[str, jax.Array]:
-    assert isinstance(config.vision, ViTConfig)
-    states = vit.hidden_states(params, config.vision, images, run)
-    found = {"states": states, "last_hidden_state": last_state(params, config.vision, states[-1])}
-    if config.vision.pooling != "none":
-        found["pooler_output"] = vit.pooled(params, config.vision, states[-1])
-        if config.vision.projection:
-            found["image_embeds"] = vit.project(params, config.vision, found["pooler_output"])
+def _tower(params: Params, images: Any, *, config: ModelConfig, run: Execution) -> dict[str, jax.Array]:
+    vision = config.vision
+    assert isinstance(vision, ViTConfig)
+    states = vit.hidden_states(params, vision, images, run)
+    found = {
+        "states": _real(images, states),
+        "last_hidden_state": _real(images, vit.last_state(params, vision, states[-1])),
+    }
+    if vision.pooling == "none":
+        return found
+    pooled = vit.pooled(params, vision, states[-1], images)
+    if vision.classes:
+        return {**found, "logits": vit.logits(params, vision, pooled)}
+    found["pooler_output"] = vit.pooler(params, vision, pooled)
+    if vision.projection:
+        found["image_embeds"] = vit.project(params, vision, pooled)
     return found
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"))
 def _two_tower(
-    params: Params, images: jax.Array, ids: jax.Array, mask: jax.Array | None, *, config: ModelConfig, run: Execution
+    params: Params, images: Any, ids: jax.Array, mask: jax.Array | None, *, config: ModelConfig, run: Execution
 ) -> dict[str, jax.Array]:
-    assert isinstance(config.vision, ViTConfig) and config.text is not None
+    vision = config.vision
+    assert isinstance(vision, ViTConfig)
     found = multimodal.two_tower(params, config, images, ids, run, mask)
-    found["vision_last"] = last_state(params["vision"], config.vision, found["vision_states"][-1])
-    found["image_projected"] = vit.project(params["vision"], config.vision, found["vision_pooled"])
+    last = vit.last_state(params["vision"], vision, found["vision_states"][-1])
+    found["vision_last"] = _real(images, last)
+    found["vision_states"] = _real(images, found["vision_states"])
+    found["image_projected"] = vit.project(params["vision"], vision, found["vision_pooled"])
     return found
 
 
-def last_state(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
-    """transformers' last_hidden_state: CLIP's post-norm is for the class token alone, others' for all positions."""
-    return state if config.pooling == "class_token" else vit.post_norm(params, config, state)
+def _real(images: vit.Pictures, states: jax.Array) -> jax.Array:
+    """States [..., n, tokens, width] with 0 at padding."""
+    return jnp.where(images.seen[..., None] > 0, states, 0) if isinstance(images, vit.Patches) else states

@@ -75,10 +75,10 @@ class Attention(nn.Module):
                 y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
             whole = name != "value" and c.qk_norm
             if whole and c.qk_norm_over == "width":
-                y = Norm(c.qk_norm, c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
+                y = Norm(c.qk_norm, c.qk_norm_eps or c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
             y = y.reshape(*y.shape[:-1], count, c.head_dim)
             if whole and c.qk_norm_over == "head":
-                y = Norm(c.qk_norm, c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
+                y = Norm(c.qk_norm, c.qk_norm_eps or c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
             return y
 
         query, key, value = heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads)

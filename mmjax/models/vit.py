@@ -1,7 +1,11 @@
-"""The one vision transformer (arXiv 2010.11929): CLIP's and SigLIP's towers are settings of it."""
+"""The one vision transformer (arXiv 2010.11929): every family's tower, from CLIP to InternVL, is a setting of it.
+
+Its tokens are the class token, the registers, and the patches row by row, as far as a setting has them.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -11,10 +15,30 @@ import jax.numpy as jnp
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import Execution, FeatureSpec, LoraConfig, ViTConfig
-from mmjax.models.layers import MLP, Linear, Norm, apply, fan_in_normal
+from mmjax.models.interpolation import resized, resized_to_each
+from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack
 
 Params = dict[str, Any]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Normalised pictures of unequal shapes, cut into patches (NaFlex, arXiv 2502.14786).
+
+    pixels  float [n, length, patch_size ** 2 * channels]: patches row by row, each (row, column, channel); then padding
+    shapes  int [n, 2]: rows and columns of patches
+    seen    int [n, length]: 1 = a patch, 0 = padding, which no patch attends to
+    """
+
+    pixels: jax.Array
+    shapes: jax.Array
+    seen: jax.Array
+
+
+Pictures = jax.Array | Patches
+"""Normalised pixels [n, height, width, channels], or pictures that are cut already."""
 
 
 def init(key: jax.Array, config: ViTConfig) -> Params:
@@ -22,68 +46,64 @@ def init(key: jax.Array, config: ViTConfig) -> Params:
     keys = jax.random.split(key, 8)
     width = config.block.width
     x = jnp.zeros((1, 1, width))
-    patch = config.patch_size**2 * config.channels
+
+    def vectors(key: jax.Array, *shape: int) -> jax.Array:
+        return jax.random.normal(key, (*shape, width)) * 0.02
+
+    def linear(key: jax.Array, inputs: int, outputs: int) -> Params:
+        return {"kernel": fan_in_normal(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
+
     params: Params = {
-        "patch": {"kernel": fan_in_normal(keys[0], (patch, width))},
-        "positions": jax.random.normal(keys[1], (config.positions + config.class_token, width)) * 0.02,
+        "patch": linear(keys[0], config.patch_size**2 * config.channels, width),
         "layers": init_stack(
             lambda k: Block(config.block).init(k, x, Surroundings(Mask(causal=False)))["params"], keys[2], config.layers
         ),
     }
-    if config.patch_bias:
-        params["patch"]["bias"] = jnp.zeros(width)
+    if not config.patch_bias:
+        del params["patch"]["bias"]
+    if config.learned_positions:
+        params["positions"] = vectors(keys[1], config.native_side**2 + config.class_token)
     if config.class_token:
-        params["class_embedding"] = jax.random.normal(keys[3], (width,)) * 0.02
+        params["class_embedding"] = vectors(keys[3])
+    if config.registers:
+        params["registers"] = vectors(keys[7], config.registers)
+    if config.mask_token:
+        params["mask_token"] = jnp.zeros(width)
     for name, present in (("pre_norm", config.pre_norm), ("post_norm", config.post_norm)):
         if present:
             params[name] = _norm(config).init(key, x)["params"]
     if config.pooling == "attention":
         params["pool"] = AttentionPool(config).init(keys[4], x)["params"]
+    if config.pooler:
+        params["pooler"] = linear(jax.random.fold_in(keys[6], 1), width, config.pooler)
     if config.projection:
         params["projection"] = {"kernel": fan_in_normal(keys[5], (width, config.projection))}
     if config.classes:
-        params["head"] = {"kernel": fan_in_normal(keys[6], (width, config.classes)), "bias": jnp.zeros(config.classes)}
+        pooled_width = width * (2 if config.pooling == "class_and_mean" else 1)
+        params["head"] = linear(keys[6], pooled_width, config.classes)
     return params
 
 
 def hidden_states(
-    params: Params, config: ViTConfig, pixels: jax.Array, run: Execution, adapters: tuple[LoraConfig, ...] = (), layers: int | None = None
+    params: Params, config: ViTConfig, pictures: Pictures, run: Execution, adapters: tuple[LoraConfig, ...] = ()
 ) -> jax.Array:
-    """Normalised pixels [n, height, width, channels] -> states [layers + 1, n, positions (+ 1), width].
+    """All states [layers + 1, n, tokens, width].
 
-    Counted as transformers does: 0 is the embedding output (after CLIP's pre-norm), i the output of block i. `layers`: how many
-    blocks to run, all by default.
+    Counted as transformers does: 0 is the embedding output (after CLIP's pre-norm), i the output of block i.
     """
-    x = embed(params, config, pixels.astype(run.dtype))
-    block = Block(config.block, adapters, backend=run.attention)
-
-    def body(x, layer, j, index, extra):
-        x = apply(block, layer, x, Surroundings(Mask(causal=False)))
-        return x, x
-
-    layers = config.layers if layers is None else layers
-    _, states = run_stack(body, x, params["layers"], layers=layers, run=run)
+    x = embed(params, config, pictures, run)
+    _, states = _run_blocks(params, config, x, pictures, config.layers, True, run, adapters)
+    assert states is not None
     return jnp.concatenate([x[None], states])
 
 
-def embed(params: Params, config: ViTConfig, pixels: jax.Array) -> jax.Array:
-    """Pixels [n, height, width, channels] -> embedding output [n, positions (+ 1), width]. Pixels that fill no patch are dropped."""
-    n, _, _, channels = pixels.shape
-    p, side = config.patch_size, config.image_size // config.patch_size
-    if pixels.shape[1:3] != (config.image_size, config.image_size):
-        raise ValueError(f"the encoder takes {config.image_size} x {config.image_size} pixels, got {pixels.shape[1]} x {pixels.shape[2]}")
-    x = pixels[:, : side * p, : side * p].reshape(n, side, p, side, p, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n, side * side, p * p * channels)
-    x = apply(Linear(config.block.width, config.patch_bias), params["patch"], x)
-    if config.class_token:
-        first = jnp.broadcast_to(params["class_embedding"].astype(x.dtype), (n, 1, x.shape[-1]))
-        x = jnp.concatenate([first, x], 1)
-    x = x + params["positions"].astype(x.dtype)
-    return apply(_norm(config), params["pre_norm"], x) if config.pre_norm else x
-
-
 def features(
-    params: Params, config: ViTConfig, spec: FeatureSpec, pixels: jax.Array, run: Execution, adapters: tuple[LoraConfig, ...] = ()
+    params: Params,
+    config: ViTConfig,
+    spec: FeatureSpec,
+    pictures: Pictures,
+    run: Execution,
+    adapters: tuple[LoraConfig, ...] = (),
 ) -> jax.Array:
     """What the connector reads: [n, positions, width * len(spec.layers)]. Blocks above the highest layer read are not run.
 
@@ -92,38 +112,133 @@ def features(
     if any(not -config.layers - 1 <= layer <= config.layers for layer in spec.layers):
         raise ValueError(f"feature layers {spec.layers} of an encoder with {config.layers} blocks")
     wanted = [layer % (config.layers + 1) for layer in spec.layers]
-    x = embed(params, config, pixels.astype(run.dtype))
-    block = Block(config.block, adapters, backend=run.attention)
-
-    def body(x, layer, j, index, extra):
-        x = apply(block, layer, x, Surroundings(Mask(causal=False)))
-        return x, x if len(wanted) > 1 else None
-
+    x = embed(params, config, pictures, run)
     last, states = x, None
     if max(wanted):
-        last, states = run_stack(body, x, params["layers"], layers=max(wanted), run=run)
+        last, states = _run_blocks(params, config, x, pictures, max(wanted), len(wanted) > 1, run, adapters)
     picked = [last] if states is None else [x if layer == 0 else states[layer - 1] for layer in wanted]
     if spec.post_norm:
         picked = [post_norm(params, config, state) for state in picked]
-    if config.class_token and not spec.keep_class_token:
-        picked = [state[:, 1:] for state in picked]
-    return jnp.concatenate(picked, -1)
+    return jnp.concatenate([kept(config, spec, state) for state in picked], -1)
+
+
+def kept(config: ViTConfig, spec: FeatureSpec, state: jax.Array) -> jax.Array:
+    """A state [n, tokens, ...] without the tokens before the patches that the connector does not read."""
+    first = state[:, : int(config.class_token and spec.keep_class_token)]
+    registers = state[:, int(config.class_token) : config.prefix if spec.keep_registers else int(config.class_token)]
+    return jnp.concatenate([first, registers, state[:, config.prefix :]], 1)
+
+
+def embed(params: Params, config: ViTConfig, pictures: Pictures, run: Execution) -> jax.Array:
+    """The embedding output [n, tokens, width]. Pixels that fill no patch are dropped."""
+    cut = pictures.pixels if isinstance(pictures, Patches) else _cut(config, pictures)
+    x = apply(Linear(config.block.width, config.patch_bias), params["patch"], cut.astype(run.dtype))
+
+    def tokens(name: str) -> jax.Array:
+        leaf = params[name].reshape(1, -1, x.shape[-1]).astype(x.dtype)
+        return jnp.broadcast_to(leaf, (len(x), *leaf.shape[1:]))
+
+    if config.class_token:
+        x = jnp.concatenate([tokens("class_embedding"), x], 1)
+    if config.learned_positions:
+        x = x + _positions(params["positions"], config, pictures).astype(x.dtype)
+    if config.registers:
+        first = int(config.class_token)
+        x = jnp.concatenate([x[:, :first], tokens("registers"), x[:, first:]], 1)
+    return apply(_norm(config), params["pre_norm"], x) if config.pre_norm else x
+
+
+def _cut(config: ViTConfig, pixels: jax.Array) -> jax.Array:
+    """Pixels [n, height, width, channels] -> patches [n, rows * columns, patch_size ** 2 * channels]."""
+    n, p, (rows, columns) = len(pixels), config.patch_size, _shape(config, pixels)
+    x = pixels[:, : rows * p, : columns * p].reshape(n, rows, p, columns, p, -1)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(n, rows * columns, -1)
+
+
+def _shape(config: ViTConfig, pixels: jax.Array) -> tuple[int, int]:
+    """Rows and columns of patches. Raises ValueError for pictures smaller than one."""
+    rows, columns = (side // config.patch_size for side in pixels.shape[1:3])
+    if not rows or not columns:
+        raise ValueError(f"pictures of {pixels.shape[1]} x {pixels.shape[2]} pixels have no patch of {config.patch_size}")
+    return rows, columns
+
+
+def _positions(table: jax.Array, config: ViTConfig, pictures: Pictures) -> jax.Array:
+    """The positions [1 or n, (1 +) patches, width] of pictures, interpolated where they have another shape than those stored."""
+    if isinstance(pictures, Patches):
+        assert not config.class_token
+        square = table.reshape(config.native_side, config.native_side, -1)
+        return resized_to_each(square, pictures.shapes, pictures.pixels.shape[1], config.interpolation)
+    return positions(table, config, *_shape(config, pictures))[None]
+
+
+def positions(table: jax.Array, config: ViTConfig, rows: int, columns: int) -> jax.Array:
+    """The stored positions [(1 +) side ** 2, width] for pictures of so many patches: [(1 +) rows * columns, width]."""
+    side, first = config.native_side, int(config.class_token)
+    if (rows, columns) == (side, side):
+        return table
+    own = resized(table[first:].reshape(side, side, -1), rows, columns, config.interpolation)
+    return jnp.concatenate([table[:first].astype(own.dtype), own])
+
+
+def _run_blocks(
+    params: Params,
+    config: ViTConfig,
+    x: jax.Array,
+    pictures: Pictures,
+    layers: int,
+    keep: bool,
+    run: Execution,
+    adapters: tuple[LoraConfig, ...],
+) -> tuple[jax.Array, jax.Array | None]:
+    """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked."""
+    block, around = Block(config.block, adapters, backend=run.attention), Surroundings(_mask(pictures, x.shape[1]))
+
+    def body(x, layer, j, index, extra):
+        x = apply(block, layer, x, around)
+        return x, x if keep else None
+
+    return run_stack(body, x, params["layers"], layers=layers, run=run)
+
+
+def _mask(pictures: Pictures, queries: int) -> Mask:
+    """Everything is seen but padding."""
+    if not isinstance(pictures, Patches):
+        return Mask(causal=False)
+    everyone = jnp.ones((len(pictures.seen), queries), pictures.seen.dtype)
+    return Mask(causal=False, query_segments=everyone, key_segments=pictures.seen)
 
 
 def post_norm(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
     return apply(_norm(config), params["post_norm"], state) if config.post_norm else state
 
 
-def pooled(params: Params, config: ViTConfig, last: jax.Array) -> jax.Array:
-    """The output of the last block [n, positions, width] (before the post-norm) -> one state an image [n, width]."""
-    if config.pooling == "class_token":
-        return post_norm(params, config, last[:, 0])
-    last = post_norm(params, config, last)
+def last_state(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
+    """The output of the last block as the encoder hands it out: normed, but for CLIP, whose norm is for the pooled state."""
+    return state if config.post_norm == "pooled" else post_norm(params, config, state)
+
+
+def pooled(params: Params, config: ViTConfig, last: jax.Array, pictures: Pictures) -> jax.Array:
+    """The output of the last block [n, tokens, width] (before the post-norm) -> one state a picture [n, width]."""
+    last = last_state(params, config, last)
+    if config.pooling == "none":
+        raise ValueError("this vision tower pools nothing: it has features, but no image embedding or classes")
     if config.pooling == "attention":
-        return apply(AttentionPool(config), params["pool"], last)
-    if config.pooling == "mean":
-        return last[:, int(config.class_token) :].mean(1)
-    raise ValueError("this vision tower pools nothing: it has features, but no image embedding or classes")
+        state = apply(AttentionPool(config), params["pool"], last, _mask(pictures, 1))
+    elif config.pooling == "class_token":
+        state = last[:, 0]
+    else:
+        state = last[:, config.prefix :].mean(1)
+        if config.pooling == "class_and_mean":
+            state = jnp.concatenate([last[:, 0], state], -1)
+    return post_norm(params, config, state) if config.post_norm in ("pooled", "both") else state
+
+
+def pooler(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
+    """Pooled state [n, width] -> [n, config.pooler]; unchanged where the tower has no pooler."""
+    if not config.pooler:
+        return state
+    return ACTIVATIONS[config.pooler_activation](apply(Linear(config.pooler), params["pooler"], state))
 
 
 def project(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
@@ -131,10 +246,15 @@ def project(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
     return state @ params["projection"]["kernel"].astype(state.dtype) if config.projection else state
 
 
-def classify(params: Params, config: ViTConfig, pixels: jax.Array, run: Execution) -> jax.Array:
-    """Normalised pixels [n, height, width, channels] -> float32 class logits [n, classes]."""
-    spec = FeatureSpec(layers=(-1,), keep_class_token=True)
-    state = pooled(params, config, features(params, config, spec, pixels, run))
+def classify(params: Params, config: ViTConfig, pictures: Pictures, run: Execution) -> jax.Array:
+    """float32 class logits [n, classes]."""
+    x = embed(params, config, pictures, run)
+    last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, ())
+    return logits(params, config, pooled(params, config, last, pictures))
+
+
+def logits(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
+    """float32 class logits [n, classes] of pooled states."""
     return apply(Linear(config.classes), params["head"], state).astype(jnp.float32)
 
 
@@ -144,11 +264,11 @@ class AttentionPool(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: Mask = Mask(causal=False)) -> jax.Array:
         c = self.config.block
         probe = self.param("probe", nn.initializers.normal(0.02), (c.width,)).astype(x.dtype)
         probe = jnp.broadcast_to(probe, (x.shape[0], 1, c.width))
-        x = PoolAttention(self.config, name="attention")(probe, x)
+        x = PoolAttention(self.config, name="attention")(probe, x, mask)
         h = Norm(c.norm, c.norm_eps, name="norm")(x)
         return (x + MLP(c.mlp_width, c.width, c.activation, False, True, name="mlp")(h))[:, 0]
 
@@ -159,16 +279,17 @@ class PoolAttention(nn.Module):
     config: ViTConfig
 
     @nn.compact
-    def __call__(self, probe: jax.Array, x: jax.Array) -> jax.Array:
+    def __call__(self, probe: jax.Array, x: jax.Array, mask: Mask) -> jax.Array:
         c = self.config.block
 
         def heads(name: str, y: jax.Array) -> jax.Array:
             y = Linear(c.width, name=name)(y)
             return y.reshape(*y.shape[:-1], c.heads, c.width // c.heads)
 
-        y = attention(heads("query", probe), heads("key", x), heads("value", x), Mask(causal=False))
+        y = attention(heads("query", probe), heads("key", x), heads("value", x), mask)
         return Linear(c.width, name="output")(y.reshape(*probe.shape))
 
 
 def _norm(config: ViTConfig) -> Norm:
-    return Norm(config.block.norm, config.block.norm_eps)
+    """The norms around the blocks are layer norms even where those in the blocks are not (InternVL)."""
+    return Norm("layer", config.block.norm_eps)
