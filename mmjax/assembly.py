@@ -22,7 +22,7 @@ from mmjax.families.family import Config, Family
 from mmjax.loading import load, load_connector
 from mmjax.model import Model
 from mmjax.models import adapters as lora
-from mmjax.models import multimodal
+from mmjax.models import multimodal, new_rows
 from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
@@ -40,7 +40,7 @@ def model_config(recipe: Recipe, vocab_size: int | None = None) -> ModelConfig:
     vocab_size   of a fresh language model whose recipe does not give one (its tokenizer's); without it, the size its
                  tokenizer is to have
     """
-    return _described(recipe, vocab_size)[0]
+    return _with_new_rows(_described(recipe, vocab_size)[0], recipe.model)
 
 
 def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) -> Model:
@@ -58,7 +58,7 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     tokenizer = _tokenizer(recipe, language, Path(workdir))
     config, family, foreign = _described(recipe, len(tokenizer) if tokenizer is not None else None)
     _check_vocabulary(config, tokenizer, recipe)
-    shapes = multimodal.shapes(config)
+    shapes = multimodal.shapes(_with_new_rows(config, section))
     places = shardings(shapes) if shardings else None
 
     loaded: list[Params] = []
@@ -77,20 +77,40 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
         )
         own = read_image_processor(vision.directory, config) if isinstance(vision, Published) else None
         processor = dataclasses.replace(processor, resample=own.resample) if own else processor
-    return Model(
+    model = Model(
         config=config,
         params=params,
         family=family,
         foreign=foreign,
         run=Execution(dtype=section.dtype),
         tokenizer=tokenizer,
-        template=templates.get(section.template, tokenizer, section.system) if tokenizer is not None else None,
         image_processor=processor,
-        image_start=section.image_start,
-        image_end=section.image_end,
         bases=bases,
         own=frozenset(tree.flatten(shapes)) - frozenset(tree.flatten(tree.merge(*loaded))) | _connector_paths(shapes),
     )
+    return _with_tokens(model, recipe, places)
+
+
+def _with_tokens(model: Model, recipe: Recipe, places: Params | None) -> Model:
+    """The model with the recipe's new tokens, and the template and delimiters that may be made of them."""
+    section = recipe.model
+    if section.new_tokens:
+        model = model.add_tokens(section.new_tokens, section.new_rows_start, recipe.seed)
+        model = dataclasses.replace(model, params=_placed(model.params, places))
+    return dataclasses.replace(
+        model,
+        template=templates.get(section.template, model.tokenizer, section.system) if model.tokenizer else None,
+        image_start=section.image_start or model.image_start,
+        image_end=section.image_end or model.image_end,
+    )
+
+
+def _with_new_rows(config: ModelConfig, section: recipes.Model) -> ModelConfig:
+    """The shapes as they are if the tokenizer knows none of the new tokens."""
+    if config.llm is None or not section.new_tokens:
+        return config
+    size = config.llm.vocab_size
+    return new_rows.widened(config, range(size, size + len(section.new_tokens)))
 
 
 def load_workdir(workdir: Path, dtype: str, *, template: str = "", shardings: Params | None = None) -> Model:
@@ -151,8 +171,9 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     if section.path:
         directory = locate(section.path)
         if (directory / "recipe.json").is_file():
-            earlier, family, foreign = _described(recipes.read_recipe(directory), _trained_size(directory))
-            return _with_adapters(earlier, section), family, foreign
+            before = recipes.read_recipe(directory)
+            earlier, family, foreign = _described(before, _trained_size(directory))
+            return _with_adapters(_with_new_rows(earlier, before.model), section), family, foreign
         source = open_published(directory)
         return _with_adapters(source.config, section), source.family, source.foreign
     found: dict[str, tuple[ModelConfig, Family, Config]] = {}
@@ -175,7 +196,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         llm=language.llm,
         text=None,
         logit_bias=False,
-        connector=connector_config(section.connector, tower, features, language.llm.block.width),
+        connector=connector_config(section.connector, tower, features, language.llm.input_width),
         features=features,
         image_mean=tuple(mean),
         image_std=tuple(std),
@@ -260,12 +281,19 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
     absent = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
     params = tree.merge(loaded, _drawing(config, absent)(jax.random.key(recipe.seed)))
-    where = tree.flatten(places) if places is not None else {}
-    flat = {
-        path: jax.device_put(leaf, where[path]) if path in where else leaf
-        for path, leaf in tree.flatten(params).items()
-    }
+    flat = tree.flatten(_placed(params, places))
     return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
+
+
+def _placed(params: Params, places: Params | None) -> Params:
+    """The leaves where they belong; those that `places` does not name stay where they are."""
+    where = tree.flatten(places) if places is not None else {}
+    return tree.unflatten(
+        {
+            path: jax.device_put(leaf, where[path]) if path in where else leaf
+            for path, leaf in tree.flatten(params).items()
+        }
+    )
 
 
 @functools.lru_cache(maxsize=8)
@@ -288,15 +316,15 @@ def _connector_paths(shapes: Params) -> frozenset[str]:
 
 
 def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
-    """A whole model that exists already, with the recipe's template and adapters; it is the base as a whole."""
+    """A whole model that exists already, with the recipe's template, tokens and adapters; it is the base as a whole."""
     section = recipe.model
-    config = model_config(recipe)
-    places = shardings(multimodal.shapes(config)) if shardings else None
-    base = load(section.path, section.dtype, template=section.template, shardings=places)
+    places = shardings(multimodal.shapes(model_config(recipe))) if shardings else None
+    base = load(section.path, section.dtype, shardings=places)
+    config = _with_adapters(base.config, section)
     drawn = lora.add_lora(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
     own = frozenset(tree.flatten(drawn)) - frozenset(tree.flatten(base.params))
     bases = {section.path: published.fingerprint(locate(section.path))}
-    return dataclasses.replace(base, config=config, params=drawn, own=own, bases=bases)
+    return _with_tokens(dataclasses.replace(base, config=config, params=drawn, own=own, bases=bases), recipe, places)
 
 
 def _trained_size(workdir: Path) -> int | None:
@@ -341,8 +369,13 @@ def _texts(recipe: Recipe) -> Iterator[str]:
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> None:
-    if config.llm is not None and tokenizer is not None and len(tokenizer) > config.llm.vocab_size:
+    if config.llm is None or tokenizer is None or len(tokenizer) <= config.llm.vocab_size:
+        return
+    beyond = [tokenizer.convert_ids_to_tokens(id) for id in range(config.llm.vocab_size, len(tokenizer))]
+    if not set(beyond) <= set(recipe.model.new_tokens):
         remedy = "" if recipe.model.llm.path else ", or leave out vocab_size in model.llm.config"
+        if len(beyond) <= 16:
+            remedy += f", or give the others rows of their own (model.new_tokens): {', '.join(map(repr, beyond))}"
         raise UserError(
             f"the tokenizer has {len(tokenizer)} tokens, the language model only {config.llm.vocab_size} embeddings: "
             f"choose another model.tokenizer.path{remedy}"

@@ -121,6 +121,11 @@ def _model(model: Model) -> Iterator[str]:
     yield from _template("model.template", model.template)
     if not model.feature_layers:
         yield "model.feature_layers is empty: which of the encoder's hidden states does the connector read? (-2: the last but one)"
+    for name in model.new_tokens:
+        if not name or model.new_tokens.count(name) > 1:
+            yield f"model.new_tokens: {name!r} is empty or stands there twice."
+    if model.new_tokens and not (model.path or model.llm.path or model.llm.config):
+        yield "model.new_tokens are given, but the model has no language model that could learn them."
     for name, adapter in model.adapters.items():
         if not re.fullmatch(r"\w+", name):
             yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."

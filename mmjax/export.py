@@ -18,7 +18,7 @@ from mmjax.errors import UserError
 from mmjax.families import composed, keys, llava, llava_llama
 from mmjax.families.family import Config, Family
 from mmjax.model import Model
-from mmjax.models import vit
+from mmjax.models import new_rows, vit
 from mmjax.models.config import ModelConfig, ViTConfig
 from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
 
@@ -45,6 +45,7 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
             f"the adapters {', '.join(_names(model))} cannot stay apart in a whole model's directory; "
             "write them by themselves in peft's layout"
         )
+    model = merged(model)
     family, foreign = _target(model, layout)
     if family is not composed.FAMILY and foreign.get("vision_config", {}).get("model_type") not in llava.ANY_SIZE:
         model = _with_own_positions(model)
@@ -69,16 +70,40 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
 
 
 def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", dtype: str = "") -> None:
-    """One LoRA adapter in peft's layout. `name` may be left out where there is only one."""
+    """One LoRA adapter in peft's layout. `name` may be left out where there is only one.
+
+    base   the directory or repository over which it is written. New rows of the vocabulary are no part of an adapter: where the
+           model has any, a base that holds them must be given.
+    """
     names = _names(model)
     if not names or (not name and len(names) > 1) or (name and name not in names):
         raise UserError(f"which adapter? This model has {', '.join(names) or 'none'}")
+    if model.config.llm is not None and model.config.llm.new_rows and not base:
+        raise UserError(
+            f"the {len(model.config.llm.new_rows)} new rows of the vocabulary are no part of an adapter: give a `base` that holds "
+            "them, such as the directory that mmjax.export.without_adapters(model).save_pretrained(...) writes"
+        )
     adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
     family, foreign = _target(model, "")
     rules = family.rules(model.config, foreign)
     peft.write(
         model.params, adapter, rules, family, path, base=base or next(iter(model.bases), ""), dtype=dtype or None
     )
+
+
+def without_adapters(model: Model) -> Model:
+    """The model as it is under its adapters."""
+    flat = {path: leaf for path, leaf in tree.flatten(model.params).items() if "/adapters/" not in path}
+    config = dataclasses.replace(model.config, adapters=())
+    return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
+
+
+def merged(model: Model) -> Model:
+    """The model with the new rows of its vocabulary in its tables."""
+    if model.config.llm is None:
+        return model
+    params, config = new_rows.merge(model.params, model.config)
+    return dataclasses.replace(model, params=params, config=config)
 
 
 def _names(model: Model) -> list[str]:
@@ -167,21 +192,8 @@ def _with_placeholder(model: Model, foreign: Config) -> tuple[Model, Config]:
         tokenizer.add_tokens([PLACEHOLDER], special_tokens=True)
     model = dataclasses.replace(model, tokenizer=tokenizer)
     if placeholder >= vocab:
-        model = _grown(model, -(-(placeholder + 1) // ROWS) * ROWS)
+        model = model.resize_vocabulary(-(-(placeholder + 1) // ROWS) * ROWS)
     return model, {**foreign, "image_token_index": placeholder}
-
-
-def _grown(model: Model, vocab: int) -> Model:
-    assert model.config.llm is not None
-    flat = dict(tree.flatten(model.params))
-    for path, axis in (("llm/embed/embedding", 0), ("llm/head/kernel", 1)):
-        if path in flat:
-            leaf = jnp.asarray(flat[path])
-            mean = leaf.astype(jnp.float32).mean(axis, keepdims=True).astype(leaf.dtype)
-            more = jnp.repeat(mean, vocab - leaf.shape[axis], axis)
-            flat[path] = jnp.concatenate([leaf, more], axis)
-    config = dataclasses.replace(model.config, llm=dataclasses.replace(model.config.llm, vocab_size=vocab))
-    return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
 
 
 def _merging(flat: dict[str, Any], config: ModelConfig) -> keys.Change:

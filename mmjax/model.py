@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 import jax
 import numpy as np
 
+from mmjax import tree, vocabulary
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
 from mmjax.data.images import ImageProcessor
@@ -19,6 +20,7 @@ from mmjax.errors import UserError
 from mmjax.families.family import Config, Family
 from mmjax.inference.generate import Sampling
 from mmjax.inference.generate import generate as generate_tokens
+from mmjax.models import new_rows
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.tree import Params
 
@@ -156,6 +158,41 @@ class Model:
         for stop in self.template.stops if self.template else ():
             text = text.split(stop)[0] if stop.strip() else text
         return text.strip()
+
+    def add_tokens(self, tokens: Sequence[str], start: new_rows.Start = "mean", seed: int = 0) -> Model:
+        """The model with these tokens, each with vocabulary rows of its own: leaves `llm/embed/new_rows` and, beside an untied
+        head, `llm/head/new_rows` (see mmjax.models.new_rows), which an export merges into the tables.
+
+        start   what a new row begins as: the "mean" of the old ones, or "normal", drawn with their mean and deviation.
+                Tokens that the model has already keep their id, and their row begins as it is.
+        """
+        if self.tokenizer is None or self.config.llm is None:
+            missing = "tokenizer" if self.config.llm else "language model"
+            raise UserError(f"tokens cannot be added: this model has no {missing}")
+        tokenizer, lacked, had = vocabulary.with_tokens(self.tokenizer, tokens)
+        size = self.config.llm.vocab_size
+        fresh = [*lacked, *(id for id in had if id >= size)]
+        try:
+            params, config = new_rows.add(
+                self.params, self.config, fresh, [id for id in had if id < size], start, seed
+            )
+        except ValueError:
+            raise UserError(
+                f"the tokenizer had {len(self.tokenizer)} tokens before any was added, the language model only {size} "
+                "embeddings: name those without one as well, or choose another tokenizer"
+            ) from None
+        own = self.own | set(new_rows.LEAVES) & set(tree.flatten(params))
+        return dataclasses.replace(self, params=params, config=config, tokenizer=tokenizer, own=own)
+
+    def resize_vocabulary(self, size: int) -> Model:
+        """The model with `size` tokens: its tables grow by rows that are the mean of those they have, and rows that are leaves
+        of their own are merged into them. The tokenizer stays as it is."""
+        now = self.config.language.vocab_size
+        if size < now:
+            raise UserError(f"the vocabulary has {now} tokens; it cannot become smaller ({size})")
+        params, config = new_rows.add(self.params, self.config, range(now, size))
+        params, config = new_rows.merge(params, config)
+        return dataclasses.replace(self, params=params, config=config)
 
     def save_pretrained(
         self, path: str | Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True

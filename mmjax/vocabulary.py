@@ -1,14 +1,15 @@
-"""Tokenizers of our own, for language models that begin from nothing: trained on the recipe's texts, kept as a Hugging
-Face directory.
+"""Tokenizers: those of our own, trained on the recipe's texts for language models that begin from nothing, and tokens added to
+others.
 """
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 NEWLINE_WORD_OR_MARK = r"\n|[\p{L}\p{M}]+(?:[-'’][\p{L}\p{M}]+)*|\p{N}|[^\s\p{L}\p{M}\p{N}]"
@@ -76,3 +77,23 @@ def train_once(directory: Path, texts: Iterable[str], **settings) -> PreTrainedT
     if not has_tokenizer(directory):
         train(texts, **settings).save_pretrained(str(directory))
     return read_tokenizer(directory)  # type: ignore[return-value]
+
+
+def with_tokens(
+    tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase, list[int], list[int]]:
+    """A tokenizer that has these tokens, and their ids: of those it lacked, and of those it had.
+
+    Wherever an added token stands in a text it is found whole. It is no "special" token: decoded text shows it.
+    """
+    from transformers import AddedToken
+
+    before = tokenizer.get_vocab()
+    lacked = [token for token in dict.fromkeys(tokens) if token not in before]
+    had = [before[token] for token in dict.fromkeys(tokens) if token in before]
+    if not lacked:
+        return tokenizer, [], had
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens([AddedToken(token, normalized=False, special=False) for token in lacked])
+    after = grown.get_vocab()
+    return grown, [after[token] for token in lacked], had

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 import mmjax
-from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.config import Recipe
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
-from mmjax.export import save_adapters
+from mmjax.export import save_adapters, without_adapters
 from mmjax.model import Model
 from mmjax.models import multimodal
 from mmjax.results import record
@@ -40,9 +38,9 @@ def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
     path = Path(settings.path or workdir / "export")
     if settings.format == "peft":
         base = recipe.model.path
-        if not base or not _only_adapters_trained(model, recipe):
+        if not base or model.config.language.new_rows or not _only_adapters_trained(model, recipe):
             base = "base"
-            _without_adapters(model).save_pretrained(path / base, dtype=settings.dtype)
+            without_adapters(model).save_pretrained(path / base, dtype=settings.dtype)
         save_adapters(model, path, base=base, dtype=settings.dtype)
     else:
         layout, dtype = settings.format, settings.dtype
@@ -105,9 +103,3 @@ def _prompt(model: Model) -> list[int] | None:
     asked = validated([{"role": "user", "content": [*image, {"type": "text", "text": "What is this?"}]}])
     example = model.encoder().encode(Sample("the probe", asked), generation_prompt=True)
     return np.where(example.media, -1, example.ids).tolist()
-
-
-def _without_adapters(model: Model) -> Model:
-    flat = {path: leaf for path, leaf in tree.flatten(model.params).items() if "/adapters/" not in path}
-    config = dataclasses.replace(model.config, adapters=())
-    return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
