@@ -1,7 +1,7 @@
 """ViT (arXiv 2010.11929) in transformers' layout, with its pooler, without it, or with a classifier in its place.
 
-The config does not say whether a file has the pooler: its tensors do, and `add_pooling_layer` (named after the argument of
-transformers' class) says it where it is written.
+transformers' config does not say whether a file has the pooler: its tensors do, and a field of our own, `has_pooler`, where we
+write one without.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
     classes = read_classes(fields) if architecture(fields, CLASSIFIER) else 0
     block = with_attention(read_block(fields, 768, 12, 3072, "gelu", 1e-12), fields)
-    pools = not classes and fields.get("add_pooling_layer", True)
+    pools = not classes and fields.get("has_pooler", True)
     act = fields.get("pooler_act", "tanh")
     encoder = ViTConfig(
         image_size=fields.square("image_size", 224),
@@ -65,12 +65,12 @@ def _write(config: ModelConfig, base: Config) -> Config:
     if encoder.pooler:
         act = activation_name(encoder.pooler_activation, base.get("pooler_act"))
         return {**written, "pooler_output_size": encoder.pooler, "pooler_act": act}
-    return written if encoder.classes else {**written, "add_pooling_layer": False}
+    return written if encoder.classes else {**written, "has_pooler": False}
 
 
 def _complete(config: Config, stored: Mapping[str, Stored]) -> Config:
     bare = "embeddings.cls_token" in stored and "pooler.dense.weight" not in stored
-    return {**config, "add_pooling_layer": False} if bare else config
+    return {**config, "has_pooler": False} if bare else config
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:

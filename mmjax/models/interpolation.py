@@ -26,6 +26,7 @@ def resized_to_each(table: jax.Array, shapes: jax.Array, length: int, kind: Inte
     """
     rows, columns = shapes[:, :1], shapes[:, 1:]
     at = jnp.arange(length)[None]
+    at = jnp.where(at < rows * columns, at, 0)
     down = _weights(kind, len(table), rows, at // columns)
     across = _weights(kind, len(table), columns, at % columns)
     places = (down[..., :, None] * across[..., None, :]).reshape(len(shapes), length, -1)
