@@ -77,7 +77,9 @@ def widened(config: ModelConfig, ids: Iterable[int]) -> ModelConfig:
     beyond = [id for id in rows if id >= llm.table_size]
     if beyond != list(range(llm.table_size, llm.table_size + len(beyond))):
         raise ValueError(f"new rows {beyond} behind a table of {llm.table_size} leave a gap")
-    llm = dataclasses.replace(llm, new_rows=rows, beyond=len(beyond), vocab_size=llm.table_size + len(beyond))
+    vocab = llm.table_size + len(beyond)
+    encoder = dataclasses.replace(llm.encoder, vocab_size=vocab) if llm.encoder else None
+    llm = dataclasses.replace(llm, new_rows=rows, beyond=len(beyond), vocab_size=vocab, encoder=encoder)
     return dataclasses.replace(config, llm=llm)
 
 
