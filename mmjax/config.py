@@ -324,6 +324,7 @@ class Generate:
     temperature: float = 0.0
     top_p: float = 1.0
     top_k: int = 0
+    stop: tuple[str, ...] = ()  # strings before which an answer ends
     batch: int = 8
 
 

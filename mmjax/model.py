@@ -18,8 +18,10 @@ from mmjax.data.messages import Message, Sample, validated
 from mmjax.data.templates import Template
 from mmjax.errors import UserError
 from mmjax.families.family import Config, Family
-from mmjax.inference.generate import Sampling
+from mmjax.inference.generate import Ended
 from mmjax.inference.generate import generate as generate_tokens
+from mmjax.inference.sampling import Sampling, from_file
+from mmjax.inference.stopping import before_stop, stopper
 from mmjax.models import new_rows
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.tree import Params
@@ -65,36 +67,55 @@ class Model:
         inputs: Mapping[str, Any],
         max_new_tokens: int = 16,
         *,
+        stop: Sequence[str] = (),
         ignore_eos: bool = False,
         return_scores: bool = False,
         **sampling: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """The new ids after each row's prompt, int32 [rows, new]: greedy unless `sampling` says otherwise (fields of
-        mmjax.inference.generate.Sampling). Rows that end earlier are filled up with the padding id.
+        mmjax.inference.sampling.Sampling). Rows that end earlier are filled up with the padding id.
 
+        As in transformers, the directory's generation_config.json says which ids end an answer and pad it, and may ask for a
+        repetition penalty, beams and the like; and without an `attention_mask` its padding ids among `input_ids` are padding.
+
+        stop            strings that end an answer, which is kept up to the token that completes one
         return_scores   also the logits of each step, float32 [rows, new, vocab]
         """
         if self.family.prompt is None:
             raise UserError(f"a {self.family.model_types[0]} generates nothing")
-        batch = self.family.prompt(self.config, self.foreign, self._known(inputs))
+        start = self.generation.get("decoder_start_token_id")
+        foreign = self.foreign if start is None else {**self.foreign, "decoder_start_token_id": start}
+        batch = self.family.prompt(self.config, foreign, self._masked(self._known(inputs)))
+        if not ignore_eos and self.eos_ids:
+            sampling = {"end": self.eos_ids, **sampling}
         settings = self.sampling(max_new_tokens, ignore_eos=ignore_eos, **sampling)
-        out = generate_tokens(self.params, self.config, batch, settings, self.run, return_scores)
-        used = _used(out.tokens, settings.end)
+        ended = self.ended(stop)
+        out = generate_tokens(self.params, self.config, batch, settings, self.run, return_scores, ended)
+        used = max((_length(row, settings.end, ended) for row in out.tokens), default=0)
         return (out.tokens[:, :used], out.scores[:, :used]) if out.scores is not None else out.tokens[:, :used]
 
-    def chat(self, messages: Sequence[Message], max_new_tokens: int = 256, **sampling: Any) -> str:
-        """The answer to a conversation in Hugging Face messages; an image part has a `path` or the `image` itself."""
-        return self.answers([messages], max_new_tokens, **sampling)[0]
+    def chat(
+        self, messages: Sequence[Message], max_new_tokens: int = 256, *, stop: Sequence[str] = (), **sampling: Any
+    ) -> str:
+        """The answer to a conversation in Hugging Face messages; an image part has a `path` or the `image` itself. It ends before
+        the first of the strings `stop`."""
+        return self.answers([messages], max_new_tokens, stop=stop, **sampling)[0]
 
     def answers(
-        self, conversations: Sequence[Sequence[Message]], max_new_tokens: int = 256, **sampling: Any
+        self,
+        conversations: Sequence[Sequence[Message]],
+        max_new_tokens: int = 256,
+        *,
+        stop: Sequence[str] = (),
+        **sampling: Any,
     ) -> list[str]:
         """The answers to several conversations, generated together."""
         examples = [self.prompt(Sample(f"conversation {i}", validated(list(c)))) for i, c in enumerate(conversations)]
         batch = collate([[example] for example in examples])
         settings = self.sampling(max_new_tokens, **sampling)
-        tokens = generate_tokens(self.params, self.config, batch, settings, self.run).tokens
-        return [self.text(row) for row in tokens]
+        ended = self.ended((*stop, *self.stops), settings)
+        tokens = generate_tokens(self.params, self.config, batch, settings, self.run, ended=ended).tokens
+        return [self.text(row, stop) for row in tokens]
 
     def prompt(self, sample: Sample) -> Example:
         """A sample's question, encoded, with the pixels of its images (paths are opened as files)."""
@@ -122,42 +143,78 @@ class Model:
         for name in settings:
             if name not in known:
                 raise UserError(f"unknown setting of generation {name!r}; known are {', '.join(known)}")
-        settings = {"end": () if ignore_eos else self.end_ids, "pad": self.pad_id, **settings}
-        return Sampling(max_new_tokens=max_new_tokens, **settings)
+        asked = self.generation or {**self.foreign.get("text_config", {}), **self.foreign}
+        ids = {"end": () if ignore_eos else self.end_ids, "pad": self.pad_id}
+        try:
+            return Sampling(**{**ids, **from_file(asked), **settings, "max_new_tokens": max_new_tokens})
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def ended(self, stop: Sequence[str], sampling: Sampling | None = None) -> Ended | None:
+        """What sees the end of an answer in the first of these strings; None without any, and for beams."""
+        if not stop or (sampling is not None and sampling.num_beams > 1):
+            return None
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so it cannot stop at strings")
+        return stopper(self.tokenizer, [stop] if isinstance(stop, str) else stop)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: those of generation_config.json, else of config.json."""
+        for place in (self.generation, self.foreign, self.foreign.get("text_config", {})):
+            if (value := place.get("eos_token_id")) is not None:
+                return tuple(value) if isinstance(value, list) else (value,)
+        return ()
 
     @property
     def end_ids(self) -> tuple[int, ...]:
-        """Ids that end an answer: the config's, the tokenizer's, and the template's stops that are one token."""
-        text = self.foreign.get("text_config", self.foreign)
-        found: list[int] = []
-        for value in (self.generation.get("eos_token_id"), text.get("eos_token_id")):
-            if value is not None:
-                found += value if isinstance(value, list) else [value]
-                break
+        """Ids that end an answer: those that end a text, the tokenizer's, and the template's stops that are one token."""
+        found = list(self.eos_ids)
         if self.tokenizer is not None:
             if self.tokenizer.eos_token_id is not None:
                 found.append(self.tokenizer.eos_token_id)
             for stop in self.template.stops if self.template else ():
-                ids = self.tokenizer(stop, add_special_tokens=False)["input_ids"]
-                found += ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else []
+                found += self._one_token(stop)
         return tuple(dict.fromkeys(found))
 
     @property
-    def pad_id(self) -> int:
-        text = self.foreign.get("text_config", self.foreign)
-        for value in (self.generation.get("pad_token_id"), text.get("pad_token_id"), *self.end_ids):
-            if value is not None and value >= 0:
-                return value
-        return 0
+    def stops(self) -> tuple[str, ...]:
+        """The template's stops that are several tokens."""
+        stops = self.template.stops if self.template else ()
+        return tuple(stop for stop in stops if stop.strip() and not self._one_token(stop))
 
-    def text(self, ids: Sequence[int]) -> str:
+    def _one_token(self, stop: str) -> list[int]:
+        """The id of a string that is one token, else nothing."""
+        assert self.tokenizer is not None
+        ids = self.tokenizer(stop, add_special_tokens=False)["input_ids"]
+        return ids if len(ids) == 1 and ids[0] != self.tokenizer.unk_token_id else []
+
+    @property
+    def pad_id(self) -> int:
+        """What follows an answer in its row."""
+        return next((value for value in (self._padding, *self.eos_ids, *self.end_ids) if value is not None and value >= 0), 0)
+
+    @property
+    def _padding(self) -> int | None:
+        """The padding id that the directory names."""
+        places = (self.generation,) if self.generation else (self.foreign, self.foreign.get("text_config", {}))
+        return next((place["pad_token_id"] for place in places if place.get("pad_token_id") is not None), None)
+
+    def _masked(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The inputs of generation with an attention_mask; see `generate`. An encoder is handed all ids, as in transformers."""
+        if "attention_mask" in inputs or "input_ids" not in inputs or self.config.language.encoder is not None:
+            return inputs
+        if self._padding is None or self._padding in self.eos_ids:
+            return inputs
+        return {**inputs, "attention_mask": (inputs["input_ids"] != self._padding).astype(np.int32)}
+
+    def text(self, ids: Sequence[int], stop: Sequence[str] = ()) -> str:
         """Generated ids as text: up to the first end or stop, without special tokens, stripped."""
         assert self.tokenizer is not None
         end = next((i for i, id in enumerate(ids) if id in self.end_ids), len(ids))
         text = str(self.tokenizer.decode([int(id) for id in ids[:end]], skip_special_tokens=True))
-        for stop in self.template.stops if self.template else ():
-            text = text.split(stop)[0] if stop.strip() else text
-        return text.strip()
+        own = [stop for stop in (self.template.stops if self.template else ()) if stop.strip()]
+        return before_stop(text, [*own, *([stop] if isinstance(stop, str) else stop)]).strip()
 
     def add_tokens(self, tokens: Sequence[str], start: new_rows.Start = "mean", seed: int = 0) -> Model:
         """The model with these tokens, each with vocabulary rows of its own: leaves `llm/embed/new_rows` and, beside an untied
@@ -217,10 +274,8 @@ class Model:
         return {name: np.asarray(value) for name, value in inputs.items() if value is not None}
 
 
-def _used(tokens: np.ndarray, end: tuple[int, ...]) -> int:
-    """Columns until the last row has ended."""
-    if not end:
-        return tokens.shape[1]
-    ended = np.isin(tokens, end)
-    lengths = np.where(ended.any(1), ended.argmax(1) + 1, tokens.shape[1])
-    return int(lengths.max()) if len(lengths) else tokens.shape[1]
+def _length(row: np.ndarray, end: tuple[int, ...], ended: Ended | None) -> int:
+    """How many of a row's new ids are its answer."""
+    stopped = ended(row) if ended else None
+    ends = np.flatnonzero(np.isin(row, end))
+    return min(len(row) if stopped is None else stopped, int(ends[0]) + 1 if len(ends) else len(row))

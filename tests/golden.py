@@ -146,7 +146,8 @@ def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
     if row < 0:
         return inputs
     keep = inputs["attention_mask"][row] != 0 if "attention_mask" in inputs else slice(None)
-    prompt = {"input_ids": inputs["input_ids"][row : row + 1, keep]}
+    ids = inputs["input_ids"][row : row + 1, keep]
+    prompt = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     first, last = images if isinstance(images, list) else (0, images)
     media = {name: inputs[name][first:last] for name in ("pixel_values", "images") if name in inputs}
     return {**prompt, **media}

@@ -219,7 +219,8 @@ def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     if config.language.encoder is None or not config.language.has_head:
         raise UserError("this T5 generates nothing: it is no T5ForConditionalGeneration")
     rows = len(inputs.get("input_ids", ()))
-    start = np.full((rows, 1), foreign.get("decoder_start_token_id") or config.language.start_token)
+    named = foreign.get("decoder_start_token_id")
+    start = np.full((rows, 1), config.language.start_token if named is None else named)
     given = inputs.get("decoder_input_ids")
     if given is None:
         inputs = {**inputs, "decoder_input_ids": start}

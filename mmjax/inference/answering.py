@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -24,15 +24,18 @@ def answer(
     *,
     batch: int = 64,
     max_new_tokens: int = 32,
+    stop: Sequence[str] = (),
     **sampling: Any,
 ) -> Iterator[tuple[Sample, str | BadSample]]:
     """Each sample with the model's answer to it, in order; with the reason where it cannot be asked (a broken image).
 
     A last message by the assistant is not shown to the model.
     open_image   from the `path` of an image part to the picture; without it paths are files
-    sampling     fields of mmjax.inference.generate.Sampling
+    stop         strings before which an answer ends
+    sampling     fields of mmjax.inference.sampling.Sampling
     """
     settings = model.sampling(max_new_tokens, **sampling)
+    ended = model.ended((*stop, *model.stops), settings)
     _, groups = shards_of(model.params, batch)
     remaining = iter(samples)
     while chunk := list(itertools.islice(remaining, batch)):
@@ -45,9 +48,9 @@ def answer(
         rows = [[example] for example in examples + examples[-1:] * (batch - len(examples))]
         images = max(len(example.images) for example in examples)
         together = collate(rows, groups=groups, tiles=batch // groups * images)
-        tokens = iter(generate(model.params, model.config, together, settings, model.run).tokens)
+        tokens = iter(generate(model.params, model.config, together, settings, model.run, ended=ended).tokens)
         for sample, example in zip(chunk, prepared):
-            yield sample, example if isinstance(example, BadSample) else model.text(next(tokens))
+            yield sample, example if isinstance(example, BadSample) else model.text(next(tokens), stop)
 
 
 def _prompt(model: Model, sample: Sample, open_image: Callable[[str], Image.Image] | None) -> Any:

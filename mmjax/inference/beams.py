@@ -1,107 +1,118 @@
-"""Beam search on the device, with transformers' scoring: sum of log-probabilities / length ** length_penalty."""
+"""Beam search with transformers' scoring: the sum of log-probabilities divided by length ** length_penalty."""
 
 from __future__ import annotations
 
-import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mmjax.models import decoder, multimodal
-from mmjax.models.config import Execution, ModelConfig
+from mmjax.inference.sampling import Sampling, penalised
+from mmjax.models.decoder import Cache
 
-if TYPE_CHECKING:
-    from mmjax.inference.generate import Sampling
-
-Params = dict[str, Any]
 WORST = -1e9
 
 
 class Beams(NamedTuple):
-    step: jax.Array
-    logits: jax.Array  # [rows * beams, vocab] of the next token
-    cache: decoder.Cache  # of rows * beams
-    position: jax.Array  # [rows * beams]
-    live: jax.Array  # int32 [rows, beams, new]: unfinished hypotheses
-    live_scores: jax.Array  # float32 [rows, beams]: their summed log-probabilities
-    done: jax.Array  # int32 [rows, beams, new]: finished hypotheses
-    done_scores: jax.Array  # float32 [rows, beams]: with the length penalty; WORST = empty
-    open: jax.Array  # bool [rows]: an unfinished hypothesis may still overtake a finished one
+    """Between two tokens. Of each row `beams` unfinished hypotheses are followed, and the best `beams` finished ones kept.
 
-
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "run"))
-def beam_search(
-    params: Params,
-    config: ModelConfig,
-    logits: jax.Array,
-    cache: decoder.Cache,
-    position: jax.Array,
-    segment: jax.Array,
-    sampling: Sampling,
-    run: Execution,
-) -> jax.Array:
-    """The best hypothesis of each row, int32 [rows, max_new_tokens], `pad` after its end.
-
-    logits [rows, vocab], cache, position and segment [rows] are what the prefill left. A row is settled once no unfinished
-    hypothesis could overtake its worst finished one at its present length (transformers' early_stopping=False).
+    A row is settled once no unfinished hypothesis could overtake its worst finished one: judged by its present length, with
+    early_stopping="never" by the length that suits it best, and with True once there are `beams` finished ones.
     """
-    rows, vocab = logits.shape
-    count, new = sampling.num_beams, sampling.max_new_tokens
-    # Enough candidates that the beams stay full even if every end is among them.
-    candidates = count * (1 + max(1, len(sampling.end)))
-    ends = jnp.zeros(vocab, bool).at[jnp.array(sampling.end, jnp.int32)].set(True) if sampling.end else jnp.zeros(vocab, bool)
 
-    def widen(x, axis=0):
-        return jnp.repeat(x, count, axis)
+    step: jax.Array  # int32 []: tokens chosen so far
+    live: jax.Array  # int32 [rows, beams, room]: unfinished hypotheses
+    live_scores: jax.Array  # float32 [rows, beams]: their summed log-probabilities
+    done: jax.Array  # int32 [rows, beams, room]: finished hypotheses
+    done_scores: jax.Array  # float32 [rows, beams]: with the length penalty; WORST = none
+    unsettled: jax.Array  # bool [rows]
+    limit: jax.Array  # int32 []: tokens at most
+    cache: Cache  # of rows * beams, all that stands before the last token chosen
+    position: jax.Array  # int32 [rows * beams]: of the last token
+    segment: jax.Array  # int32 [rows * beams]
+    seen: jax.Array  # bool [rows * beams, vocab], or [.., 0] without a repetition penalty
 
-    def unfinished(state: Beams):
-        return (state.step < new) & state.open.any()
+    @classmethod
+    def start(cls, sampling: Sampling, position: jax.Array, **prompt: jax.Array) -> Beams:
+        """Before the first token; `prompt` are the fields that the prompts give, each row of them `num_beams` times."""
+        count = sampling.num_beams
+        rows = position.shape[0] // count
+        # What stands behind an end: as in transformers, never the id 0.
+        fill = sampling.pad or (sampling.end[0] if sampling.end else 0)
+        blank = jnp.full((rows, count, sampling.max_new_tokens), fill, jnp.int32)
+        # All beams begin alike: only the first may be extended at the first step.
+        first = jnp.where(jnp.arange(count) == 0, 0.0, WORST) * jnp.ones((rows, 1))
+        none, unsettled = jnp.full((rows, count), WORST), jnp.ones(rows, bool)
+        more: Any = prompt
+        return cls(jnp.int32(0), blank, first, blank, none, unsettled, position=position, **more)
 
-    def one(state: Beams) -> Beams:
-        log = jax.nn.log_softmax(state.logits, -1).reshape(rows, count, vocab)
-        total = (state.live_scores[:, :, None] + log).reshape(rows, count * vocab)
+    @property
+    def full(self) -> jax.Array:
+        """bool [rows]: whether as many hypotheses as there are beams have finished."""
+        return (self.done_scores > WORST / 2).all(1)
+
+    @property
+    def open(self) -> jax.Array:
+        """Whether any row is unsettled."""
+        return (self.step < self.limit) & self.unsettled.any()
+
+    @property
+    def written(self) -> jax.Array:
+        """The tokens behind the prompts, int32 [rows of the cache, room]."""
+        return self.live.reshape(-1, self.live.shape[-1])
+
+    def take(self, logits: jax.Array, sampling: Sampling) -> Beams:
+        """With one token more, by its logits, float32 [rows * beams, vocab]."""
+        rows, count, _ = self.live.shape
+        vocab = logits.shape[-1]
+        # Enough candidates that the beams stay full even if every end is among them.
+        candidates = count * max(2, 1 + len(sampling.end))
+        log = penalised(jax.nn.log_softmax(logits, -1), self.seen, self.step, self.limit, sampling)
+        total = (self.live_scores[:, :, None] + log.reshape(rows, count, vocab)).reshape(rows, count * vocab)
         scores, flat = jax.lax.top_k(total, candidates)
         beam, token = flat // vocab, (flat % vocab).astype(jnp.int32)
-        hypotheses = jnp.take_along_axis(state.live, beam[:, :, None], 1)
-        hypotheses = jax.lax.dynamic_update_slice(hypotheses, token[:, :, None], (0, 0, state.step))
-        ended = ends[token] | (state.step + 1 == new)
+        hypotheses = jnp.take_along_axis(self.live, beam[:, :, None], 1)
+        hypotheses = jax.lax.dynamic_update_slice(hypotheses, token[:, :, None], (0, 0, self.step))
+        step = self.step + 1
+        ended = jnp.broadcast_to(step == self.limit, token.shape)
+        if sampling.end:
+            ended = ended | jnp.isin(token, jnp.array(sampling.end))
 
         # Only an end among the first `count` candidates makes a finished hypothesis, as in transformers.
-        final = scores / (state.step + 1.0) ** sampling.length_penalty
-        final = jnp.where(ended & (jnp.arange(candidates) < count) & state.open[:, None], final, WORST)
-        done, done_scores = _best(
-            jnp.concatenate([state.done, hypotheses], 1), jnp.concatenate([state.done_scores, final], 1), count
+        counts = ended & (jnp.arange(candidates) < count) & self.unsettled[:, None]
+        if sampling.early_stopping is True:
+            counts = counts & ~self.full[:, None]
+        final = jnp.where(counts, scores / step.astype(jnp.float32) ** sampling.length_penalty, WORST)
+        done_scores, best = jax.lax.top_k(jnp.concatenate([self.done_scores, final], 1), count)
+        done = jnp.take_along_axis(jnp.concatenate([self.done, hypotheses], 1), best[:, :, None], 1)
+
+        live_scores, kept = jax.lax.top_k(jnp.where(ended, WORST, scores), count)
+        chosen = jnp.take_along_axis(token, kept, 1).reshape(-1)
+        source = (jnp.arange(rows)[:, None] * count + jnp.take_along_axis(beam, kept, 1)).reshape(-1)
+        seen = self.seen[source]
+        if seen.shape[-1]:
+            seen = seen.at[jnp.arange(rows * count), chosen].set(True)
+        extended = self._replace(
+            step=step,
+            cache=self.cache._replace(keys=self.cache.keys[:, source], values=self.cache.values[:, source]),
+            position=self.position + 1,
+            seen=seen,
+            live=jnp.take_along_axis(hypotheses, kept[:, :, None], 1),
+            live_scores=live_scores,
+            done=done,
+            done_scores=done_scores,
         )
-        live_candidates = jnp.where(ended, WORST, scores)
-        live_scores, kept = jax.lax.top_k(live_candidates, count)
-        live = jnp.take_along_axis(hypotheses, kept[:, :, None], 1)
-        source = jnp.take_along_axis(beam, kept, 1)
-        token = jnp.take_along_axis(token, kept, 1).reshape(-1)
+        return extended._replace(unsettled=self.unsettled & extended._can_improve(sampling))
 
-        rows_from = (jnp.arange(rows)[:, None] * count + source).reshape(-1)
-        cache = state.cache._replace(keys=state.cache.keys[:, rows_from], values=state.cache.values[:, rows_from])
-        next_logits, cache = multimodal.decode_token(
-            params, config, cache, token, state.position, widen(segment), run
-        )
-        reachable = live_scores[:, 0] / (state.step + 1.0) ** sampling.length_penalty
-        worst = done_scores.min(1)
-        open_ = state.open & ((worst <= WORST / 2) | (reachable > worst))
-        return Beams(
-            state.step + 1, next_logits, cache, state.position + 1, live, live_scores, done, done_scores, open_
-        )
+    def _can_improve(self, sampling: Sampling) -> jax.Array:
+        """bool [rows]: whether an unfinished hypothesis may still overtake the worst finished one."""
+        longer = sampling.early_stopping == "never" and sampling.length_penalty > 0
+        length = (self.limit if longer else self.step).astype(jnp.float32)
+        reachable = self.live_scores[:, 0] / length**sampling.length_penalty
+        improvable = ~self.full | (reachable > self.done_scores.min(1))
+        # transformers looks at all rows together here: one goes on as long as any has too few finished hypotheses.
+        return improvable & ~self.full.all() if sampling.early_stopping is True else improvable
 
-    wide = decoder.Cache(widen(cache.keys, 1), widen(cache.values, 1), widen(cache.segments), cache.next)
-    blank = jnp.full((rows, count, new), sampling.pad, jnp.int32)
-    # All beams begin alike: only the first may be extended at the first step.
-    first = jnp.where(jnp.arange(count) == 0, 0.0, WORST) * jnp.ones((rows, 1))
-    none = jnp.full((rows, count), WORST)
-    state = Beams(
-        jnp.int32(0), widen(logits), wide, widen(position), blank, first, blank, none, jnp.ones(rows, bool)
-    )
-    return jax.lax.while_loop(unfinished, one, state).done[:, 0]
-
-
-def _best(hypotheses: jax.Array, scores: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    scores, index = jax.lax.top_k(scores, count)
-    return jnp.take_along_axis(hypotheses, index[:, :, None], 1), scores
+    def answers(self, sampling: Sampling) -> jax.Array:
+        """int32 [rows * num_return_sequences, room]: the best finished hypotheses of each row."""
+        return self.done[:, : sampling.num_return_sequences].reshape(-1, self.done.shape[-1])

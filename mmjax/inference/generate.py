@@ -2,117 +2,170 @@
 
     generate(params, config, batch, sampling, run)   all new tokens
     stream(...)                                      the same tokens, a few at a time
-    beam_search in mmjax.inference.beams             chosen by sampling.num_beams > 1
+
+What is carried from token to token is a `Rows` (mmjax.inference.rows) or `Beams` (mmjax.inference.beams).
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mmjax.batch import Batch
-from mmjax.inference import beams
+from mmjax.errors import UserError
+from mmjax.inference.beams import Beams
+from mmjax.inference.rows import Rows
+from mmjax.inference.sampling import Sampling
 from mmjax.models import decoder, multimodal
-from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.parallel.sharding import batch_shardings, shards_of
 
 Params = dict[str, Any]
+Ended = Callable[[np.ndarray], int | None]
+"""From a row's new ids to how many of them its answer is, None where it goes on (see mmjax.inference.stopping)."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-    """How to choose tokens, with transformers' meanings.
-
-    temperature 0 is greedy. `end` are the ids that end an answer (they are kept, `pad` follows); none = always all tokens.
-    `repetition_penalty` divides positive and multiplies negative logits of ids already seen (arXiv 1909.05858). The same seed gives
-    a row the same draws, whatever stands beside it in the batch at the same place.
-    """
-
-    max_new_tokens: int = 16
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    end: tuple[int, ...] = ()
-    pad: int = 0
-    seed: int = 0
-
-
-class State(NamedTuple):
-    """Between two tokens. rows are those of the batch."""
-
-    step: jax.Array  # int32 []: tokens chosen so far
-    logits: jax.Array  # float32 [rows, vocab]: of the next token
-    cache: decoder.Cache
-    position: jax.Array  # int32 [rows]: of the next token
-    segment: jax.Array  # int32 [rows]
-    finished: jax.Array  # bool [rows]
-    seen: jax.Array  # bool [rows, vocab], or [rows, 0] without a repetition penalty
-    tokens: jax.Array  # int32 [rows, max_new_tokens]
-    scores: jax.Array  # float32 [rows, max_new_tokens, vocab], or [.., 0] when not asked for
+ROOM = 32  # the number of new tokens is rounded up to a multiple, so that few lengths are compiled
+LOOK = 8  # tokens between two looks for stop strings
 
 
 class Generated(NamedTuple):
-    """`tokens` int32 [rows, max_new_tokens], `pad` after an end; `scores` the logits of each step, if asked for."""
+    """`tokens` int32 [rows, max_new_tokens], `pad` after an end; `scores` the logits of each step, float32 [rows, max_new_tokens, vocab],
+    if asked for."""
 
     tokens: np.ndarray
     scores: np.ndarray | None
 
 
 def generate(
-    params: Params, config: ModelConfig, batch: Batch, sampling: Sampling, run: Execution = Execution(), return_scores: bool = False
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    sampling: Sampling,
+    run: Execution = Execution(),
+    return_scores: bool = False,
+    ended: Ended | None = None,
 ) -> Generated:
     """New tokens after each row's prompt. Rows may be padded on either side; parameters on a mesh divide them over its devices.
 
-    Raises ValueError when the model has no LLM, or for sampling together with beams.
+    Raises UserError where the model predicts no tokens, and for settings that exclude each other.
     """
-    batch = divided(params, pad_prompt(batch))
-    if sampling.num_beams > 1:
-        if sampling.temperature:
-            raise ValueError("beam search is not sampled: leave temperature at 0 or num_beams at 1")
-        logits, cache, position, segment = _prefill(params, batch, config, run, sampling.max_new_tokens)
-        tokens = beams.beam_search(params, config, logits, cache, position, segment, sampling, run)
-        return Generated(np.asarray(tokens), None)
-    state = _start(params, batch, config, sampling, run, return_scores)
-    state = _advance(params, state, jnp.int32(sampling.max_new_tokens), config, sampling, run)
-    return Generated(np.asarray(state.tokens), np.asarray(state.scores) if return_scores else None)
+    limit = sampling.max_new_tokens
+    looks = range(LOOK, limit + LOOK, LOOK) if ended and limit else [limit]
+    for state in _states(params, config, batch, sampling, run, looks, return_scores, ended):
+        pass
+    tokens = np.asarray(state.answers(sampling))[:, :limit]
+    scores = np.asarray(state.scores)[:, :limit] if return_scores and isinstance(state, Rows) else None
+    return Generated(tokens, scores)
 
 
 def stream(
-    params: Params, config: ModelConfig, batch: Batch, sampling: Sampling, run: Execution = Execution(), every: int = 4
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    sampling: Sampling,
+    run: Execution = Execution(),
+    every: int = 4,
+    ended: Ended | None = None,
 ) -> Iterator[np.ndarray]:
     """The tokens so far, int32 [rows, n], after every few steps; the last one is what `generate` returns up to the end."""
-    state = _start(params, divided(params, pad_prompt(batch)), config, sampling, run, False)
-    for stop in range(every, sampling.max_new_tokens + every, every):
-        stop = min(stop, sampling.max_new_tokens)
-        state = _advance(params, state, jnp.int32(stop), config, sampling, run)
-        yield np.asarray(state.tokens[:, : int(state.step)])
-        if bool(state.finished.all()):
+    if sampling.num_beams > 1:
+        raise UserError("beams are only known at their end: leave num_beams at 1 to see tokens as they come")
+    limit = sampling.max_new_tokens
+    for state in _states(params, config, batch, sampling, run, range(every, limit + every, every), False, ended):
+        yield np.asarray(state.written[:, : min(int(state.step), limit)])
+
+
+def _states(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    sampling: Sampling,
+    run: Execution,
+    looks: Sequence[int],
+    return_scores: bool,
+    ended: Ended | None,
+) -> Iterator[Rows | Beams]:
+    """The state after so many tokens as each of `looks` says, until all answers have ended."""
+    beams, limit = sampling.num_beams > 1, sampling.max_new_tokens
+    if not config.language.has_head:
+        raise UserError("this model predicts no tokens")
+    if beams and (ended or return_scores):
+        raise UserError("beams are neither searched for stop strings nor have logits of their own: leave num_beams at 1")
+    batch = _prompts(config.language, batch)
+    if (batch.tokens if batch.decoder_tokens is None else batch.decoder_tokens).shape[1] != 1:
+        sampling = dataclasses.replace(sampling, forced_bos_token_id=-1)
+    longest = int(np.max(batch.positions, initial=0)) + 1
+    decoder.require_positions(config.language, longest + limit - 1)
+    copies = 1 if beams else sampling.num_return_sequences
+    batch = divided(params, pad_prompt(repeated(batch, copies)))
+    # The seed and the limit are data: another one compiles nothing anew.
+    key = jax.random.key(sampling.seed)
+    static = dataclasses.replace(sampling, seed=0, max_new_tokens=max(1, -(-limit // ROOM)) * ROOM)
+    crossing = _crossing(config.language, longest)
+    state, memory = _start(params, batch, key, jnp.int32(limit), config, static, run, return_scores)
+    for look in looks:
+        if int(state.step) <= crossing <= look:
+            state = _advance(params, memory, state, jnp.int32(crossing), config, static, run)
+            if int(state.step) == crossing and bool(state.open):
+                again = pad_prompt(_extended(batch, np.asarray(state.written[:, :crossing])))
+                state = _restart(params, divided(params, again), state, config, static, run)
+        state = _advance(params, memory, state, jnp.int32(look), config, static, run)
+        if ended and isinstance(state, Rows):
+            state = _cut(state, ended, sampling.pad)
+        yield state
+        if not bool(state.open):
             return
 
 
+def _prompts(config: DecoderConfig, batch: Batch) -> Batch:
+    """The batch on the host, an encoder-decoder's with what its decoder begins with."""
+    fields = {name: np.asarray(getattr(batch, name)) for name in ("tokens", "segments", "positions")}
+    media = np.full_like(fields["tokens"], -1) if batch.media is None else np.asarray(batch.media)
+    batch = dataclasses.replace(batch, **fields, media=media, targets=None, weights=None)
+    if config.encoder is None or batch.decoder_tokens is not None:
+        return batch
+    start = np.full((len(media), 1), config.start_token, np.int32)
+    return dataclasses.replace(batch, decoder_tokens=start, decoder_segments=np.ones_like(start))
+
+
+def repeated(batch: Batch, times: int) -> Batch:
+    """Every row so many times, one after another; rows stay in the group of their media."""
+    if times == 1:
+        return batch
+    in_rows = ("tokens", "segments", "positions", "media", "decoder_tokens", "decoder_segments")
+    fields = {name: np.repeat(getattr(batch, name), times, 0) for name in in_rows if getattr(batch, name) is not None}
+    return dataclasses.replace(batch, **fields)
+
+
 def pad_prompt(batch: Batch) -> Batch:
-    """The batch with each row's padding moved to the left, and the length rounded up so that few shapes are compiled."""
-    tokens, segments, positions = (np.asarray(a) for a in (batch.tokens, batch.segments, batch.positions))
-    media = np.full_like(tokens, -1) if batch.media is None else np.asarray(batch.media)
-    rows, length = tokens.shape
-    grain = 32 if length <= 256 else 128
+    """The batch with each row's padding moved to the left, and lengths rounded up so that few shapes are compiled."""
+    media = np.full_like(batch.tokens, -1) if batch.media is None else batch.media
+    fields = {"tokens": (batch.tokens, 0), "segments": (batch.segments, 0), "positions": (batch.positions, 0), "media": (media, -1)}
+    out = _padded_left(fields, np.asarray(batch.segments), 32)
+    if batch.decoder_tokens is not None:
+        fields = {name: (getattr(batch, name), 0) for name in ("decoder_tokens", "decoder_segments")}
+        begun = np.asarray(batch.decoder_segments)
+        out |= _padded_left(fields, begun, 1 if begun.shape[1] == 1 else 32)  # a start token alone needs no room
+    return dataclasses.replace(batch, **out, targets=None, weights=None)
+
+
+def _padded_left(fields: dict[str, tuple[Any, int]], segments: np.ndarray, grain: int) -> dict[str, np.ndarray]:
+    """Arrays [rows, length], each with what it is filled up with, to a multiple of `grain`."""
+    rows, length = segments.shape
+    grain = grain if length <= 256 else 128
     padded = -(-length // grain) * grain
-    fields = {"tokens": (tokens, 0), "segments": (segments, 0), "positions": (positions, 0), "media": (media, -1)}
     out = {name: np.full((rows, padded), fill, np.int32) for name, (_, fill) in fields.items()}
     for row in range(rows):
         real = np.flatnonzero(segments[row])
         end = int(real[-1]) + 1 if real.size else 0
         for name, (values, _) in fields.items():
-            out[name][row, padded - end :] = values[row, :end]
-    return dataclasses.replace(batch, **out, targets=None, weights=None)
+            out[name][row, padded - end :] = np.asarray(values)[row, :end]
+    return out
 
 
 def divided(params: Params, batch: Batch) -> Batch:
@@ -124,88 +177,115 @@ def divided(params: Params, batch: Batch) -> Batch:
     return jax.device_put(batch, batch_shardings(batch, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "run", "new"))
-def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, new: int):
-    """Logits of the first new token [rows, vocab], the filled cache, and the position and segment of that token [rows]."""
-    rows, length = batch.tokens.shape
-    x = multimodal.embed(params, config, batch, run)
-    cache = decoder.empty_cache(config.language, rows, length + new, run.dtype)
-    out = decoder.decode(
-        params["llm"], config.language, x, segments=batch.segments, positions=batch.positions, run=run, adapters=config.adapters, cache=cache
-    )
+def _crossing(config: DecoderConfig, longest: int) -> int:
+    """After how many new tokens all keys change: "longrope" turns them otherwise once an input is longer than `original_length`,
+    and as transformers does, what is in the cache is then computed anew. 0 = never."""
+    rope = config.block.rope
+    if rope is None or rope.kind != "longrope" or longest > rope.original_length:
+        return 0
+    return rope.original_length - longest + 1
+
+
+def _extended(batch: Batch, tokens: np.ndarray) -> Batch:
+    """Left-padded prompts [rows, length] with what was written behind them, int [rows or rows * beams, n]."""
+    batch = repeated(jax.tree.map(np.asarray, batch), len(tokens) // len(batch.tokens))
+    following = np.asarray(batch.positions)[:, -1:] + np.arange(1, tokens.shape[1] + 1)
+    more = {
+        "tokens": tokens,
+        "segments": np.broadcast_to(batch.segments[:, -1:], tokens.shape),
+        "positions": following,
+        "media": np.full_like(tokens, -1),
+    }
+    return dataclasses.replace(batch, **{name: np.concatenate([getattr(batch, name), new], 1) for name, new in more.items()})
+
+
+def _cut(state: Rows, ended: Ended, pad: int) -> Rows:
+    """The state without what stands behind the end of an answer, as `ended` sees it."""
+    tokens, finished, step = np.array(state.tokens), np.array(state.finished), int(state.step)
+    for row in range(len(tokens)):
+        length = ended(tokens[row, :step])
+        if length is not None:
+            tokens[row, length:], finished[row] = pad, True
+    new = {"tokens": tokens, "finished": finished}
+    return state._replace(**{name: jax.device_put(array, getattr(state, name).sharding) for name, array in new.items()})
+
+
+def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, room: int):
+    """Logits of the first new token [rows, vocab]; the filled cache with so much room, position and segment of the last token
+    [rows]; an encoder-decoder's memory."""
+    reading = multimodal.read(params, config, batch, run)
+    rows, length = reading.segments.shape
+    cache = decoder.empty_cache(config.language, rows, length + room, run.dtype)
+    out = multimodal.decode_reading(params, config, reading, run, cache=cache)
     logits = multimodal.head(params, config, out.last[:, -1])
-    return logits, out.cache, batch.positions[:, -1] + 1, batch.segments[:, -1]
+    prompt = {"cache": out.cache, "position": reading.positions[:, -1], "segment": reading.segments[:, -1]}
+    return logits, prompt, reading.memory
+
+
+def _seen(batch: Batch, vocab: int) -> jax.Array:
+    """bool [rows, vocab]: the ids of the prompts, of an encoder-decoder those that its decoder begins with."""
+    ids, text = batch.tokens, (batch.segments > 0) & (batch.media < 0)
+    if batch.decoder_tokens is not None:
+        ids, text = batch.decoder_tokens, batch.decoder_segments > 0
+    ids = jnp.where(text, ids, vocab)
+    return jax.vmap(lambda row: jnp.zeros(vocab, bool).at[row].set(True, mode="drop"))(ids)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "run", "return_scores"))
-def _start(params: Params, batch: Batch, config: ModelConfig, sampling: Sampling, run: Execution, return_scores: bool) -> State:
-    new = sampling.max_new_tokens
-    logits, cache, position, segment = _prefill(params, batch, config, run, new)
+def _start(
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    limit: jax.Array,
+    config: ModelConfig,
+    sampling: Sampling,
+    run: Execution,
+    return_scores: bool,
+) -> tuple[Rows | Beams, decoder.Memory | None]:
+    """The state with the first token."""
+    room, copies = sampling.max_new_tokens, sampling.num_beams
+    logits, prompt, memory = _prefill(params, batch, config, run, room)
     rows, vocab = logits.shape
-    seen = jnp.zeros((rows, 0), bool)
-    if sampling.repetition_penalty != 1.0:
-        text = (batch.segments > 0) & (batch.media < 0)
-        ids = jnp.where(text, batch.tokens, vocab)
-        seen = jax.vmap(lambda row: jnp.zeros(vocab, bool).at[row].set(True, mode="drop"))(ids)
-    return State(
-        step=jnp.int32(0),
-        logits=logits,
-        cache=cache,
-        position=position,
-        segment=segment,
-        finished=jnp.zeros(rows, bool),
-        seen=seen,
-        tokens=jnp.full((rows, new), sampling.pad, jnp.int32),
-        scores=jnp.zeros((rows, new, vocab if return_scores else 0)),
-    )
+    prompt["seen"] = _seen(batch, vocab) if sampling.repetition_penalty != 1.0 else jnp.zeros((rows, 0), bool)
+    if copies == 1:
+        scores = jnp.zeros((rows, room if return_scores else 0, vocab))
+        return Rows.start(sampling, key, scores, limit=limit, **prompt).take(logits, sampling), memory
+
+    def widen(x: jax.Array, axis: int = 0) -> jax.Array:
+        return jnp.repeat(x, copies, axis)
+
+    cache = prompt.pop("cache")
+    wide = cache._replace(keys=widen(cache.keys, 1), values=widen(cache.values, 1), segments=widen(cache.segments))
+    if memory is not None:
+        memory = decoder.Memory(widen(memory.keys, 1), widen(memory.values, 1), widen(memory.segments))
+    state = Beams.start(sampling, limit=limit, cache=wide, **jax.tree.map(widen, prompt))
+    return state.take(widen(logits), sampling), memory
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sampling", "run"), donate_argnums=(1,))
-def _advance(params: Params, state: State, stop: jax.Array, config: ModelConfig, sampling: Sampling, run: Execution) -> State:
-    """Chooses tokens until `stop` of them stand or all rows have ended."""
-
-    def unfinished(state: State):
-        return (state.step < stop) & ~state.finished.all()
-
-    def one(state: State) -> State:
-        chosen = choose(state.logits, state.seen, state.step, sampling)
-        token = jnp.where(state.finished, sampling.pad, chosen)
-        finished = state.finished
-        if sampling.end:
-            finished = finished | jnp.isin(token, jnp.array(sampling.end)) & ~state.finished
-        scores = state.scores
-        if scores.shape[-1]:
-            scores = jax.lax.dynamic_update_slice(scores, state.logits[:, None], (0, state.step, 0))
-        seen = state.seen
-        if seen.shape[-1]:
-            seen = seen.at[jnp.arange(seen.shape[0]), token].set(True)
-        logits, cache = multimodal.decode_token(
-            params, config, state.cache, token, state.position, state.segment, run
-        )
-        tokens = jax.lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.step))
-        return State(state.step + 1, logits, cache, state.position + 1, state.segment, finished, seen, tokens, scores)
-
-    return jax.lax.while_loop(unfinished, one, state)
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "run"), donate_argnums=(2,))
+def _restart(
+    params: Params, batch: Batch, state: Rows | Beams, config: ModelConfig, sampling: Sampling, run: Execution
+) -> Rows | Beams:
+    """The state with one token more, its cache made anew from prompts and tokens."""
+    logits, prompt, _ = _prefill(params, batch, config, run, sampling.max_new_tokens)
+    return state._replace(cache=prompt["cache"]).take(logits, sampling)
 
 
-def choose(logits: jax.Array, seen: jax.Array, step: jax.Array, sampling: Sampling) -> jax.Array:
-    """The next token of each row, int32 [rows], from float32 logits [rows, vocab]."""
-    if sampling.repetition_penalty != 1.0:
-        penalty = sampling.repetition_penalty
-        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if not sampling.temperature:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits < kth, -jnp.inf, logits)
-    if sampling.top_p < 1.0:
-        descending = -jnp.sort(-logits, -1)
-        mass = jnp.cumsum(jax.nn.softmax(descending, -1), -1)
-        # The smallest set whose mass reaches top_p: everything before it is reached, and the one that reaches it.
-        kept = jnp.concatenate([jnp.ones_like(mass[:, :1], bool), mass[:, :-1] < sampling.top_p], -1)
-        least = jnp.min(jnp.where(kept, descending, jnp.inf), -1, keepdims=True)
-        logits = jnp.where(logits < least, -jnp.inf, logits)
-    key = jax.random.fold_in(jax.random.key(sampling.seed), step)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(logits.shape[0]))
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnames=("config", "sampling", "run"), donate_argnums=(2,))
+def _advance(
+    params: Params,
+    memory: decoder.Memory | None,
+    state: Rows | Beams,
+    stop: jax.Array,
+    config: ModelConfig,
+    sampling: Sampling,
+    run: Execution,
+) -> Rows | Beams:
+    """Chooses tokens until `stop` of them stand or all answers have ended."""
+
+    def one(state):
+        last = jax.lax.dynamic_index_in_dim(state.written, state.step - 1, 1, keepdims=False)
+        logits, cache = multimodal.decode_token(params, config, state.cache, last, state.position, state.segment, run, memory)
+        return state._replace(cache=cache).take(logits, sampling)
+
+    return jax.lax.while_loop(lambda state: (state.step < stop) & state.open, one, state)

@@ -70,12 +70,12 @@ def talk(model: Model, settings: config.Generate, lines: Iterable[str], out: Tex
 def pieces(model: Model, settings: config.Generate, messages: list[Message]) -> Iterator[str]:
     """The answer to a conversation, piece by piece as it is generated."""
     example = model.prompt(Sample("the conversation", validated(messages)))
-    sampling = model.sampling(
-        settings.max_new_tokens, temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k
-    )
+    chosen: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
+    sampling = model.sampling(settings.max_new_tokens, num_beams=1, **chosen)  # beams are not known until their end
+    ended = model.ended((*settings.stop, *model.stops))
     shown = text = ""
-    for tokens in stream(model.params, model.config, collate([[example]]), sampling, model.run):
-        text = model.text(tokens[0])
+    for tokens in stream(model.params, model.config, collate([[example]]), sampling, model.run, ended=ended):
+        text = model.text(tokens[0], settings.stop)
         # A character whose bytes are not all there yet waits for them.
         if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
             yield text[len(shown) :]

@@ -86,7 +86,7 @@ def _run(
     tokens [tokens, width]; weights and chosen [tokens, k]; kernels [experts, in, out]. Each token is copied once for each expert it
     chose, the copies are sorted by expert, and each expert multiplies its own run of them.
     """
-    experts, (count, k) = gate.shape[0], chosen.shape
+    experts, k = gate.shape[0], chosen.shape[1]
     local = chosen.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < experts), local, experts)  # those of other shards come last
     order = jnp.argsort(local, stable=True)

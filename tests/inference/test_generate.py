@@ -7,7 +7,9 @@ import pytest
 
 from mmjax import tree
 from mmjax.batch import Batch
-from mmjax.inference.generate import Sampling, generate, pad_prompt, stream
+from mmjax.inference.generate import generate, pad_prompt, stream
+from mmjax.inference.sampling import Sampling
+from mmjax.models import decoder
 from tests.models import tiny
 
 torch = pytest.importorskip("torch")
@@ -58,17 +60,25 @@ def theirs(hf, batch, **settings):
     return hf.generate(ids, attention_mask=mask, pad_token_id=0, do_sample=False, **settings)[:, 9:].numpy()
 
 
+ENDS = (11, 30, 42, 57)
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"repetition_penalty": 1.3}, {"num_beams": 3}, {"num_beams": 4, "length_penalty": 2.0},
-     {"num_beams": 4, "length_penalty": -1.0}],
+    [
+        {"max_new_tokens": 64},
+        {"repetition_penalty": 1.3, "min_new_tokens": 6},
+        {"num_beams": 3, "repetition_penalty": 1.2, "early_stopping": True},
+        {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never", "num_return_sequences": 2},
+        {"num_beams": 4, "length_penalty": -1.0},
+    ],
     ids=["greedy", "repetition", "beams", "long_beams", "short_beams"],
-)  # fmt: skip
-@pytest.mark.parametrize("end", [2, 11])
-def test_equal_to_transformers(pair, settings, end):
+)
+def test_equal_to_transformers(pair, settings):
     hf, params, config, batch = pair
-    got = generate(params, config, batch, Sampling(max_new_tokens=20, end=(end,), **settings)).tokens
-    want = theirs(hf, batch, max_new_tokens=20, eos_token_id=end, **settings)
+    settings = {"max_new_tokens": 20, **settings}
+    got = generate(params, config, batch, Sampling(end=ENDS, **settings)).tokens
+    want = theirs(hf, batch, eos_token_id=list(ENDS), **settings)
     np.testing.assert_array_equal(got[:, : want.shape[1]], want)
 
 
@@ -112,7 +122,24 @@ def test_prompts_are_padded_to_few_lengths():
     assert lengths == {32, 64, 96, 128, 160, 192, 224, 256, 384, 512}
 
 
-def test_beams_are_not_sampled(pair):
+def test_neither_a_prompts_length_nor_a_seed_nor_a_limit_compiles_anew(pair):
     _, params, config, batch = pair
-    with pytest.raises(ValueError, match="beam search is not sampled"):
-        generate(params, config, batch, Sampling(num_beams=2, temperature=1.0))
+
+    def draw(length, new, seed):
+        fields = {f: getattr(batch, f)[:, -length:] for f in ("tokens", "segments", "positions")}
+        return generate(params, config, Batch(**fields), Sampling(max_new_tokens=new, temperature=1.0, seed=seed)).tokens
+
+    assert draw(9, 8, 0).shape == (3, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoder, "decode", None)  # nothing is traced any more
+        assert draw(5, 12, 1).shape == (3, 12)
+
+
+def test_several_draws_are_those_of_a_row_given_several_times(pair):
+    _, params, config, batch = pair
+    fields = ("tokens", "segments", "positions")
+    twice = Batch(**{f: np.repeat(getattr(batch, f), 2, 0) for f in fields})
+    settings = {"max_new_tokens": 8, "temperature": 1.0}
+    got = generate(params, config, batch, Sampling(num_return_sequences=2, **settings)).tokens
+    np.testing.assert_array_equal(got, generate(params, config, twice, Sampling(**settings)).tokens)
+    assert (got[0::2] != got[1::2]).any()
