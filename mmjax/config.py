@@ -93,7 +93,7 @@ class Image:
     """How a picture becomes pixels for the encoder.
 
     aspect   "pad" (square with the mean colour, LLaVA-1.5), "crop" (shortest edge, then centre crop), "squash" (ignore aspect)
-    size     side in pixels; 0 = the encoder's own
+    size     side in pixels, to which a vision transformer's positions are interpolated; 0 = the encoder's own
     mean, std   empty = the encoder family's own
     """
 
