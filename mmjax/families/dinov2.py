@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv 2304.07193), also with registers (arXiv 2309.16588), in transformers' layout, with a classifier or without.
+"""DINOv2 (arXiv 2304.07193), also with registers (arXiv 2309.16588), in transformers' layout, with or without classifier.
 
 The two differ in how positions are interpolated: with registers against aliasing, without them not.
 """
@@ -101,7 +101,7 @@ def _ratio(block: BlockConfig, before: float) -> float:
     for ratio in (before, *range(1, 17)):
         if _mlp_width(block.width, ratio, block.gated_mlp) == block.mlp_width:
             return ratio
-    raise UserError(f"an MLP of {block.mlp_width} channels on {block.width} does not fit DINOv2's config: no mlp_ratio means it")
+    raise UserError(f"no mlp_ratio of DINOv2's config means an MLP of {block.mlp_width} channels on {block.width}")
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:

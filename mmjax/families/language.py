@@ -91,7 +91,7 @@ def run_language(
     params: Params, batch: Batch, *, config: ModelConfig, run: Execution, states: bool
 ) -> dict[str, jax.Array]:
     """All outputs of the LLM for a batch, and of the encoder and connector where there are images: `image_features`
-    [images, positions, width] for each feature layer, as the encoder gives them (class token and registers included), and
+    [images, positions, width] for each feature layer, as the encoder gives them (class token, registers and all), and
     `connector_output` [images, tokens, LLM width].
     """
     assert batch.segments is not None and batch.positions is not None
@@ -133,7 +133,7 @@ def run_language(
 def media_features(
     params: Params, config: ModelConfig, batch: Batch, run: Execution
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The encoder's states of the feature layers with everything in front of the patches, and what the connector reads of them."""
+    """The encoder's states of the feature layers with what stands before the patches, and what the connector reads."""
     assert batch.images is not None
     images = jnp.asarray(batch.images)
     if not isinstance(config.vision, ViTConfig):

@@ -1,7 +1,7 @@
 """SigLIP 2's NaFlex vision tower (arXiv 2502.14786) in transformers' layout.
 
-The towers of one resolution are published as SigLIP's. In a multimodal model this one, too, reads square pictures of one size;
-its own would be the square of `num_patches` patches.
+The towers of one resolution are published as SigLIP's. In a multimodal model this one, too, reads square pictures of
+one size; without another it is the square of `num_patches` patches.
 """
 
 from __future__ import annotations

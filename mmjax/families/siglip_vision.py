@@ -31,7 +31,7 @@ def write(encoder: ViTConfig, base: Config) -> Config:
 
 
 def tower_rules(encoder: ViTConfig) -> list[Rule]:
-    """The names of the tower, alone and in the two-tower model. A NaFlex tower's pictures come cut: its patches go through a Linear."""
+    """The names of the tower, alone and among two. NaFlex pictures come cut: a Linear takes their patches."""
     patch = transposed if encoder.naflex else patches(encoder.channels)
     table = [
         rule("vision_model.embeddings.patch_embedding.weight", "vision/patch/kernel", form=patch),

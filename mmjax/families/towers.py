@@ -1,4 +1,4 @@
-"""What the configs of vision transformers share in transformers: the block's fields, sizes of pictures, architectures."""
+"""What vision transformers share in transformers' layouts: fields of their blocks, sizes, heads, names of tensors."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def architecture(fields: Fields, classifier: str = "") -> bool:
     names = fields.get("architectures", [])
     for name in names:
         if name != classifier and ("For" in name or name.endswith("Backbone")):
-            only = f" (only {classifier}, and the model without a head)" if classifier else " (only the model without a head)"
-            raise UserError(f"{fields.where}: architectures = {names!r} is not supported{only}")
+            known = f"{classifier}, and the model" if classifier else "the model"
+            raise UserError(f"{fields.where}: architectures = {names!r} is not supported (only {known} without a head)")
     return classifier in names
 
 

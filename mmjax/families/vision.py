@@ -1,13 +1,14 @@
 """Inputs and outputs of vision towers, and of two-tower models, as transformers names them.
 
-Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, and as far as the tower has them
-`pooler_output`, `image_embeds` and `logits`; `hidden_states_i` on request. Pictures of another size than the tower's own have
-its positions interpolated, as transformers does it with `interpolate_pos_encoding` (which may be given, and forbids it where it
-is false). A NaFlex tower takes pictures cut into patches instead: `pixel_values` [images, patches, pixels of a patch],
-`spatial_shapes` [images, 2] and `pixel_attention_mask` [images, patches]; its states are 0 at padding.
+Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, and as far as the tower
+has them `pooler_output`, `image_embeds` and `logits`; `hidden_states_i` on request. Pictures of another size than the
+tower's own have its positions interpolated, as transformers does it with `interpolate_pos_encoding` (which may be given,
+and forbids it where it is false). A NaFlex tower takes pictures cut into patches instead: `pixel_values` [images, patches,
+pixels of a patch], `spatial_shapes` [images, 2] and `pixel_attention_mask` [images, patches]; its states are 0 at
+padding.
 
-Two towers: also `input_ids`; outputs of one tower bear its name, and a tower's `pooler_output` is then its embedding before
-it is normalised.
+Two towers: also `input_ids`; outputs of one tower bear its name, and a tower's `pooler_output` is then its embedding
+before it is normalised.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def pictures(config: ViTConfig, inputs: Inputs) -> np.ndarray | vit.Patches:
     other = (height // config.patch_size, width // config.patch_size) != (side, side)
     if other and not inputs.get("interpolate_pos_encoding", True):
         raise UserError(
-            f"pixel_values of {height} x {width} need interpolated positions, which interpolate_pos_encoding = False forbids"
+            f"pixel_values of {height} x {width} need interpolated positions, "
+            "which interpolate_pos_encoding = False forbids"
         )
     return found
 

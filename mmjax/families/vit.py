@@ -1,7 +1,7 @@
 """ViT (arXiv 2010.11929) in transformers' layout, with its pooler, without it, or with a classifier in its place.
 
-transformers' config does not say whether a file has the pooler: its tensors do, and a field of our own, `has_pooler`, where we
-write one without.
+transformers' config does not say whether a file has the pooler: its tensors do, and a field of our own, `has_pooler`,
+where we write one without.
 """
 
 from __future__ import annotations

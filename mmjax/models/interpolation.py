@@ -34,7 +34,7 @@ def resized_to_each(table: jax.Array, shapes: jax.Array, length: int, kind: Inte
 
 
 def _weights(kind: Interpolation, source: int, target: int | jax.Array, at: jax.Array) -> jax.Array:
-    """With which weights [..., source] the places `at` [...] of an axis of `target` places read one of `source` places."""
+    """The weights [..., source] with which places `at` [...] of an axis of `target` places read an axis of `source`."""
     scale = jnp.asarray(source / target, jnp.float32)[..., None]
     center = (at[..., None] + 0.5) * scale - 0.5
     places = jnp.arange(source)

@@ -105,9 +105,9 @@ def features(
     run: Execution,
     adapters: tuple[LoraConfig, ...] = (),
 ) -> jax.Array:
-    """What the connector reads: [n, positions, width * len(spec.layers)]. Blocks above the highest layer read are not run.
+    """What the connector reads: [n, positions, width * len(spec.layers)].
 
-    Raises ValueError for a layer that the encoder does not have.
+    Blocks above the highest layer read are not run. Raises ValueError for a layer that the encoder does not have.
     """
     if any(not -config.layers - 1 <= layer <= config.layers for layer in spec.layers):
         raise ValueError(f"feature layers {spec.layers} of an encoder with {config.layers} blocks")
@@ -159,12 +159,13 @@ def _shape(config: ViTConfig, pixels: jax.Array) -> tuple[int, int]:
     """Rows and columns of patches. Raises ValueError for pictures smaller than one."""
     rows, columns = (side // config.patch_size for side in pixels.shape[1:3])
     if not rows or not columns:
-        raise ValueError(f"pictures of {pixels.shape[1]} x {pixels.shape[2]} pixels have no patch of {config.patch_size}")
+        height, width = pixels.shape[1:3]
+        raise ValueError(f"pictures of {height} x {width} pixels have no patch of {config.patch_size}")
     return rows, columns
 
 
 def _positions(table: jax.Array, config: ViTConfig, pictures: Pictures) -> jax.Array:
-    """The positions [1 or n, (1 +) patches, width] of pictures, interpolated where they have another shape than those stored."""
+    """The positions [1 or n, (1 +) patches, width] of pictures, interpolated to another shape than those stored."""
     if isinstance(pictures, Patches):
         assert not config.class_token
         square = table.reshape(config.native_side, config.native_side, -1)
@@ -214,7 +215,7 @@ def post_norm(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
 
 
 def last_state(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
-    """The output of the last block as the encoder hands it out: normed, but for CLIP, whose norm is for the pooled state."""
+    """The output of the last block as the encoder hands it out: normed, but for CLIP, which norms the pooled one."""
     return state if config.post_norm == "pooled" else post_norm(params, config, state)
 
 
@@ -259,7 +260,7 @@ def logits(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
 
 
 class AttentionPool(nn.Module):
-    """SigLIP's pooling: a learned probe attends to all positions, then a residual MLP. [n, positions, width] -> [n, width]."""
+    """SigLIP's pooling [n, positions, width] -> [n, width]: a learned probe attends to positions; a residual MLP."""
 
     config: ViTConfig
 

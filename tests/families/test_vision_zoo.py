@@ -1,8 +1,9 @@
-"""Every vision encoder against transformers, with every parameter drawn, at its own picture size and at others, and back."""
+"""Every vision encoder against transformers, every parameter drawn, at its own picture size and at others, and back."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -130,7 +131,8 @@ def test_towers(name, tmp_path):
     theirs = randomised(TOWERS[name]())
     theirs.save_pretrained(tmp_path / "theirs")
     ours = mmjax.load(tmp_path / "theirs")
-    for size in {"registers": (OWN, SMALL, LARGE), "siglip": (ODD, LARGE)}.get(name, (LARGE,) if "," in name else (OWN, LARGE)):
+    usual = (LARGE,) if "," in name else (OWN, LARGE)
+    for size in {"registers": (OWN, SMALL, LARGE), "siglip": (ODD, LARGE)}.get(name, usual):
         asked = {"interpolate_pos_encoding": True} if name.startswith(ASKED) else {}
         compare(ours(pixels(*size), output_hidden_states=True), run(theirs, pixels(*size), **asked))
     settings = {"add_pooling_layer": False} if name == "vit, no pooler" else {}
@@ -165,7 +167,8 @@ def test_pictures_of_unequal_shapes(head, tmp_path):
 @pytest.mark.parametrize("kind", ["CLIP", "Siglip", "Siglip2"])
 def test_two_towers(kind, tmp_path):
     image = NAFLEX if kind == "Siglip2" else MLP
-    config = getattr(hf, f"{kind}Config")(text_config={**TEXT, "eos_token_id": 49}, vision_config=image, projection_dim=24)
+    text = {**TEXT, "eos_token_id": 49}
+    config = getattr(hf, f"{kind}Config")(text_config=text, vision_config=image, projection_dim=24)
     theirs = randomised(getattr(hf, f"{kind}Model")(config))
     theirs.save_pretrained(tmp_path / "theirs")
     ours = mmjax.load(tmp_path / "theirs")
@@ -313,7 +316,8 @@ def test_every_encoder_is_a_part_of_recipes_at_another_size(kind, tmp_path):
     assert config.vision.native_side == 4 and config.connector.positions == config.vision.positions == 36
     shapes = multimodal.shapes(config)
     images = jax.ShapeDtypeStruct((1, 2, side, side, 3), jax.numpy.uint8)
-    found = jax.eval_shape(lambda params, images: multimodal.vision_features(params, config, images, Execution()), shapes, images)
+    features = functools.partial(multimodal.vision_features, config=config, run=Execution())
+    found = jax.eval_shape(lambda params, images: features(params, images=images), shapes, images)
     assert found.shape == (1, 2, 36, 24)
     selection = select(shapes, ("vision/**",), "stage")
     at_home = training_flops(dataclasses.replace(config, vision=config.vision.at_size(side * 4 // 6)), selection)
