@@ -1,4 +1,4 @@
-"""DINOv2 (arXiv 2304.07193), also with registers (arXiv 2309.16588), in transformers' layout, with or without classifier.
+"""DINOv2 (arXiv 2304.07193), also with registers (arXiv 2309.16588), in transformers' layout, with a classifier or not.
 
 The two differ in how positions are interpolated: with registers against aliasing, without them not.
 """

@@ -2,10 +2,10 @@
 
 Towers: `pixel_values` [images, channels, height, width] (normalised) to `last_hidden_state`, and as far as the tower
 has them `pooler_output`, `image_embeds` and `logits`; `hidden_states_i` on request. Pictures of another size than the
-tower's own have its positions interpolated, as transformers does it with `interpolate_pos_encoding` (which may be given,
-and forbids it where it is false). A NaFlex tower takes pictures cut into patches instead: `pixel_values` [images, patches,
-pixels of a patch], `spatial_shapes` [images, 2] and `pixel_attention_mask` [images, patches]; its states are 0 at
-padding.
+tower's own have its positions interpolated, as transformers does it with `interpolate_pos_encoding` (which may be
+given, and forbids it where it is false). A NaFlex tower takes pictures cut into patches instead: `pixel_values`
+[images, patches, pixels of a patch], `spatial_shapes` [images, 2] and `pixel_attention_mask` [images, patches]; its
+states are 0 at padding.
 
 Two towers: also `input_ids`; outputs of one tower bear its name, and a tower's `pooler_output` is then its embedding
 before it is normalised.
