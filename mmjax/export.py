@@ -120,7 +120,7 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
             raise UserError(f"layout {layout!r} is for models with a connector")
         return model.family, model.foreign
     if not layout:
-        layout = "mmjax" if llava.expressible(model.config, _part_configs(model)[1]) else "hf"
+        layout = "mmjax" if llava.expressible(model.config, *_part_configs(model)) else "hf"
     family = LAYOUTS[layout]
     if family is model.family:
         return family, model.foreign

@@ -17,7 +17,7 @@ from mmjax.families import language, parts, vision
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, prefixed
-from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, ModelConfig, ViTConfig
+from mmjax.models.config import ConnectorConfig, DecoderConfig, Execution, FeatureSpec, ModelConfig, ViTConfig
 from mmjax.tree import Params
 
 PLACEHOLDER = 32000
@@ -25,7 +25,7 @@ PLACEHOLDER = 32000
 TOWER = r"(?=embeddings\.(class|patch|position)_embedding\b|pre_layrnorm\.|encoder\.layers\.|post_layernorm\.|head\.)"
 FIXED_SIZE = ("clip_vision_model", "siglip_vision_model", "vit")
 ANY_SIZE = ("dinov2", "dinov2_with_registers", "internvl_vision")
-"""Towers that transformers' llava can be made of; it interpolates positions for other pictures only in those of ANY_SIZE."""
+"""Towers that transformers' llava can be made of. Only those of ANY_SIZE interpolate positions in it."""
 
 
 def _parts(config: Config, where: str) -> tuple[Config, Config]:
@@ -42,10 +42,8 @@ def _read(config: Config, where: str) -> ModelConfig:
     llm = parts.language(text, f"{where}: text_config").read_config(text, f"{where}: text_config").llm
     tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
     assert llm is not None and tower.vision is not None
-    if llm.head_bias:
-        raise UserError(
-            f"{where}: text_config: a {text['model_type']} has a bias on its head, which this layout cannot hold"
-        )
+    if why := _unsuited(llm, text):
+        raise UserError(f"{where}: text_config does not fit this layout: {why}")
     layers = fields.get("vision_feature_layer", -2)
     spec = FeatureSpec(
         layers=tuple(layers) if isinstance(layers, (list, tuple)) else (layers,),
@@ -91,8 +89,8 @@ def _keeps_class_token(fields: Fields, tower: ModelConfig) -> bool:
     return strategy == "full"
 
 
-def expressible(config: ModelConfig, image: Config) -> str:
-    """Why this layout cannot hold a model with this vision_config; "" if it can."""
+def expressible(config: ModelConfig, text: Config, image: Config) -> str:
+    """Why this layout cannot hold a model with this text_config and vision_config; "" if it can."""
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
@@ -104,14 +102,25 @@ def expressible(config: ModelConfig, image: Config) -> str:
         return "its connector reads the encoder's registers as well"
     if config.features.post_norm:
         return "its connector reads the encoder's states before the last norm"
-    if config.llm.head_bias:
-        return "its language model has no bias on the head"
+    return _unsuited(config.llm, text)
+
+
+def _unsuited(llm: DecoderConfig, text: Config) -> str:
+    """Why transformers' llava cannot hold this language model; "" if it can. It has a plain head of its own over the states of
+    a model that keeps its embeddings at `embed_tokens`."""
+    names = [r.name for r in parts.language(text, "text_config").rules(ModelConfig(llm=llm), text)]
+    if "model.embed_tokens.weight" not in names or "lm_head.bias" in names:
+        return f"transformers has no llava around a {text['model_type']}, or none with a bias on its head"
+    if llm.logit_softcap or llm.logit_scale != 1.0:
+        return "its language model's logits are what the head gives"
+    if llm.input_width != llm.block.width:
+        return "its language model's embeddings are as wide as its blocks"
     return ""
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
     text, image = _parts(base, "the model's config")
-    if why := expressible(config, image):
+    if why := expressible(config, text, image):
         raise UserError(f"the model does not fit the Hugging Face llava layout: {why}")
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
     layers = config.features.layers

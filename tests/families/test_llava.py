@@ -124,7 +124,7 @@ def changed(directory, tmp_path, **fields):
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"text_config__rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type = 'yarn'"),
+        ({"text_config__rope_parameters": {"rope_type": "spiral", "factor": 2.0}}, "rope_type = 'spiral'"),
         ({"text_config__hidden_act": "tanh"}, "hidden_act = 'tanh'"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"text_config__model_type": "falcon"}, "'falcon'"),
