@@ -30,7 +30,7 @@ def load(
     *,
     template: str = "",
     shardings: Params | None = None,
-    check_finite: bool = False,
+    check_finite: bool = True,
 ) -> Model:
     """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an
     mmjax
@@ -39,7 +39,7 @@ def load(
     dtype         of weights and activations
     template      a chat template's name; "" = the tokenizer's own, else LLaVA-1.5's where it fits
     shardings     where each leaf goes (a tree like the parameters); none = the default device
-    check_finite  refuse weights with NaN or infinity
+    check_finite  refuse published weights with NaN or infinity (it takes a few per cent of the time of reading them)
     Raises UserError listing every weight that is missing, unexpected or of another shape; nothing is ever left
     random.
     """
@@ -48,35 +48,26 @@ def load(
         from mmjax.assembly import load_workdir
 
         return load_workdir(directory, dtype, template=template, shardings=shardings)
+    reading: dict[str, Any] = {"dtype": dtype, "shardings": shardings, "check_finite": check_finite}
     has_config = (directory / "config.json").is_file()
     adapter_config = directory / "adapter_config.json"
     if has_config and "adapter_dir" in (index := read_json(directory / "config.json")):
-        return load(
-            directory / index["adapter_dir"], dtype, template=template, shardings=shardings, check_finite=check_finite
-        )
+        return load(directory / index["adapter_dir"], template=template, **reading)
     if adapter_config.is_file():
         adapter = peft.read(directory)
         if not has_config:
-            base = load(
-                locate(adapter.base, directory),
-                dtype,
-                template=template,
-                shardings=shardings,
-                check_finite=check_finite,
-            )
-            return with_adapter(base, adapter)
+            return with_adapter(load(locate(adapter.base, directory), template=template, **reading), adapter)
         # LLaVA's LoRA directories: the whole model's config, the projector beside the adapter, the rest elsewhere.
         source = open_published(directory)
-        model = from_published(source, _from_parts(source, adapter.base, dtype, shardings), dtype, template)
+        model = from_published(source, _from_parts(source, adapter.base, reading), dtype, template)
         return with_adapter(model, adapter)
     if not has_config:
         raise UserError(f"{directory} has no config.json (nor adapter_config.json, nor an mmjax run's recipe.json)")
     source = open_published(directory)
     if source.family is llava_llama.FAMILY and not any((directory / name).is_file() for name in weights.NAMES):
         base_name = source.foreign.get("_name_or_path", "")
-        return from_published(source, _from_parts(source, base_name, dtype, shardings), dtype, template)
-    leaves = published.load_leaves(source, dtype=dtype, shardings=shardings, check_finite=check_finite)
-    return from_published(source, leaves, dtype, template)
+        return from_published(source, _from_parts(source, base_name, reading), dtype, template)
+    return from_published(source, published.load_leaves(source, **reading), dtype, template)
 
 
 def from_published(source: Published, params: Params, dtype: str, template: str) -> Model:
@@ -139,7 +130,9 @@ def with_adapter(model: Model, adapter: peft.Adapter) -> Model:
     )
 
 
-def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32") -> Params:
+def load_connector(
+    path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32", check_finite: bool = True
+) -> Params:
     """A connector's leaves from a projector-only file (`mm_projector.bin` and the like), a directory with one, or a
     whole model's directory.
 
@@ -153,7 +146,7 @@ def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "f
             source = open_published(place)
             if source.config.connector != config:
                 raise UserError(f"{place}: its connector is {source.config.connector}, the recipe's is {config}")
-            return published.load_part(source, "connector", dtype=dtype)
+            return published.load_part(source, "connector", dtype=dtype, check_finite=check_finite)
         if not named:
             raise UserError(
                 f"{place} has no connector: neither {', '.join(PROJECTORS)} nor a whole model's config.json"
@@ -162,10 +155,11 @@ def load_connector(path: str | Path, config: ConnectorConfig, *, dtype: Any = "f
     shapes = multimodal.shapes(ModelConfig(connector=config))
     stored = keys.renamed(weights.read(place), (_WRAPPED, *llava_llama.FAMILY.spellings))
     # mm_projector files of training runs with extra tokens also hold embeddings: those would be lost here.
-    return keys.load(stored, llava_llama.projector_rules(config), shapes, dtype=dtype, where=place)
+    rules = llava_llama.projector_rules(config)
+    return keys.load(stored, rules, shapes, dtype=dtype, where=place, check_finite=check_finite)
 
 
-def _from_parts(source: Published, base: str, dtype: str, shardings: Params | None) -> Params:
+def _from_parts(source: Published, base: str, reading: dict[str, Any]) -> Params:
     """The leaves of LLaVA's partial directories: language model, vision tower and projector each from where it is
     published.
     """
@@ -183,7 +177,7 @@ def _from_parts(source: Published, base: str, dtype: str, shardings: Params | No
         raise UserError(f"{where}: its language model is {source.config.llm}, that of {base} is {llm.config.llm}")
     assert source.config.connector is not None
     return tree.merge(
-        published.load_part(vision, "vision", dtype=dtype, shardings=shardings),
-        load_connector(where, source.config.connector, dtype=dtype),
-        published.load_part(llm, "llm", dtype=dtype, shardings=shardings),
+        published.load_part(vision, "vision", **reading),
+        load_connector(where, source.config.connector, dtype=reading["dtype"], check_finite=reading["check_finite"]),
+        published.load_part(llm, "llm", **reading),
     )

@@ -92,7 +92,7 @@ def _as_prepared(directory: Path, config: ModelConfig) -> ModelConfig:
 
 
 def load_leaves(
-    source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = False
+    source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = True
 ) -> Params:
     """All leaves of a published model; a part that the directory lacks is read where its config says that it is
     published.
@@ -103,16 +103,15 @@ def load_leaves(
     for part, name in source.family.external(source.foreign).items():
         own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
         if not any(r.name.replace("{i}", "0") in stored for r in own):
-            elsewhere = load_part(
-                open_published(locate(name, source.directory)), part, dtype=dtype, shardings=shardings
-            )
+            other = open_published(locate(name, source.directory))
+            elsewhere = load_part(other, part, dtype=dtype, shardings=shardings, check_finite=check_finite)
             rules = [r for r in rules if r not in own]
-    if check_finite:
-        weights.require_finite(stored)
-    return tree.merge(_load(source, stored, rules, dtype, shardings), elsewhere)
+    return tree.merge(_load(source, stored, rules, dtype, shardings, check_finite), elsewhere)
 
 
-def load_part(source: Published, part: str, *, dtype: Any, shardings: Params | None = None) -> Params:
+def load_part(
+    source: Published, part: str, *, dtype: Any, shardings: Params | None = None, check_finite: bool = True
+) -> Params:
     """One part ("llm", "vision") of a published model, whatever else the directory holds.
 
     An encoder's projection and classification heads stay behind: a connector does not read them.
@@ -123,7 +122,8 @@ def load_part(source: Published, part: str, *, dtype: Any, shardings: Params | N
     heads = ("vision/projection/", "vision/head/")
     rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(heads)]
     wanted = {name for r in rules for name in keys.names(r, shapes)}
-    return _load(source, {name: tensor for name, tensor in stored.items() if name in wanted}, rules, dtype, shardings)
+    stored = {name: tensor for name, tensor in stored.items() if name in wanted}
+    return _load(source, stored, rules, dtype, shardings, check_finite)
 
 
 def _tensors(directory: Path, family: Family) -> dict[str, Stored]:
@@ -135,10 +135,22 @@ def _expected(source: Published) -> dict[str, Any]:
 
 
 def _load(
-    source: Published, stored: dict[str, Stored], rules: list[Rule], dtype: Any, shardings: Params | None
+    source: Published,
+    stored: dict[str, Stored],
+    rules: list[Rule],
+    dtype: Any,
+    shardings: Params | None,
+    check_finite: bool,
 ) -> Params:
-    shapes = multimodal.shapes(source.config)
-    return keys.load(stored, rules, shapes, dtype=dtype, shardings=shardings, **_expected(source))
+    return keys.load(
+        stored,
+        rules,
+        multimodal.shapes(source.config),
+        dtype=dtype,
+        shardings=shardings,
+        check_finite=check_finite,
+        **_expected(source),
+    )
 
 
 def fingerprint(directory: Path) -> str:

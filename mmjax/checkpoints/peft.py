@@ -132,6 +132,8 @@ def leaves(
                     )
             rows = [np.asarray(part.read().T, np.float32) for part in parts if part is not None]
             value = np.stack(rows) if "{i}" in template else rows[0]
+            if not weights.is_finite(value):
+                weights.refuse_broken([f"lora_{side} of {template}"], adapter.directory, value.dtype)
             made[f"{linear}/adapters/{adapter.config.name}/{leaf}"] = jax.device_put(value)
     strange += [tensor.name for tensor in found.values()]
     if strange:

@@ -152,7 +152,9 @@ def read_index(path: Path) -> dict[str, str]:
     """Tensor name -> shard file name, of an index file; shards are plain names in the same folder."""
     try:
         index = json.loads(path.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not index or not all(isinstance(shard, str) for shard in index.values()):
+            raise ValueError("its weight_map does not say which file each tensor is in")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a readable index of shards: {error}") from error
     strange = [shard for shard in set(index.values()) if Path(shard).name != shard]
     if strange:
@@ -191,10 +193,14 @@ def _read_file(path: Path) -> list[Stored]:
         raise broken(f"its header is no valid JSON ({error})") from error
 
     start = 8 + length
+    if not isinstance(header, dict):
+        raise broken("its header is no list of tensors")
     tensors = []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if isinstance(entry, dict) and entry.get("dtype") not in (None, *DTYPES):
+            raise UserError(f"{path}: tensor {name} is stored as {entry['dtype']}, which is not supported")
         try:
             dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
             begin, end = entry["data_offsets"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mmjax.checkpoints import pickles, safetensors
@@ -34,14 +36,22 @@ def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
     return safetensors.read(path) if is_safetensors else pickles.read(path)
 
 
-def require_finite(stored: dict[str, Stored]) -> None:
-    """Raises UserError with the names of all floating-point tensors that hold a NaN or an infinity."""
-    bad = []
-    for name, tensor in stored.items():
-        if np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.kind == "V":
-            array = tensor.read()
-            if not np.isfinite(array).all():
-                bad.append(name)
-    if bad:
-        file = stored[bad[0]].file
-        raise UserError(f"{file.parent}: {len(bad)} tensors hold NaN or infinity: {', '.join(bad[:20])}")
+def is_finite(array: np.ndarray) -> bool:
+    """Whether floating-point numbers are all finite, told from their bits in two passes without a temporary: several times as fast
+    as numpy.isfinite where the processor has no instructions for the type (bfloat16)."""
+    if not array.size:
+        return True
+    bits, info = array.dtype.itemsize * 8, ml_dtypes.finfo(array.dtype)
+    infinity = ((1 << info.nexp) - 1) << info.nmant
+    signed, unsigned = (array.view(np.dtype(f"{kind}{bits // 8}")) for kind in "iu")
+    return bool(signed.max() < infinity and unsigned.max() < infinity | 1 << (bits - 1))
+
+
+def refuse_broken(names: list[str], where: str | Path, dtype: Any) -> None:
+    """Raises UserError: tensors of these names hold a NaN or an infinity, read in `dtype`."""
+    listed = ", ".join(names[:20]) + (" ..." if len(names) > 20 else "")
+    narrow = " (or numbers too large for float16)" if np.dtype(dtype) == np.float16 else ""
+    raise UserError(
+        f"{where or 'the weights'}: {len(names)} tensors hold NaN or infinity{narrow}: {listed}. Copy or download the files again; "
+        "mmjax.load(..., check_finite=False) takes them as they are."
+    )

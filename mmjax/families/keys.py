@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
@@ -18,11 +19,14 @@ import ml_dtypes
 import numpy as np
 
 from mmjax import tree
+from mmjax.checkpoints import weights
 from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
 from mmjax.tree import Params
 
 Shape = tuple[int, ...]
+ALIGNMENT = 64  # bytes
+COLUMNS = 32
 # (path of a leaf, layer or None, that row of it) -> what is written in its place
 Change = Callable[[str, int | None, np.ndarray], np.ndarray]
 
@@ -177,6 +181,7 @@ def load(
     copies: Mapping[str, str] = {},
     unused: Iterable[str] = (),
     where: str | Path = "",
+    check_finite: bool = True,
 ) -> Params:
     """The leaves that the rules name, filled from the stored tensors.
 
@@ -185,15 +190,18 @@ def load(
 
     copies    foreign names that may be stored as well, as copies of others (tied weights); they must be equal
     unused    regular expressions of foreign names that carry nothing (buffers)
-    Raises UserError with the lists of tensors that are missing, unexpected or of another shape.
+    Raises UserError with the lists of tensors that are missing, unexpected or of another shape, and, with `check_finite`, of those
+    that hold a NaN or an infinity.
     """
     flat = tree.flatten(shapes)
     pieces = _pieces(rules, flat)
     check(stored, rules, shapes, copies=copies, unused=unused, where=where)
     places = tree.flatten(shardings) if shardings is not None else {}
-    leaves = {}
+    leaves, broken = {}, dict[str, None]()
     for path in sorted(pieces, key=lambda p: (-flat[p].size, p)):
-        leaves[path] = _leaf(stored, pieces[path], flat[path].shape, np.dtype(dtype), places.get(path))
+        leaves[path] = _leaf(stored, pieces[path], flat[path].shape, np.dtype(dtype), places.get(path), broken)
+    if broken and check_finite:
+        weights.refuse_broken([stored[name].name for name in broken], where, dtype)
     return tree.unflatten({path: leaves[path] for path in flat if path in leaves})
 
 
@@ -222,6 +230,11 @@ def check(
         for name, shape in needed.items()
         if name in stored and stored[name].shape != shape
     )
+    integers = sorted(
+        f"{stored[name].name} holds {stored[name].dtype}"
+        for name in needed
+        if name in stored and stored[name].dtype.kind in "biu"
+    )
     untied = sorted(
         f"{name} (the config ties it to {original})"
         for name, original in copies.items()
@@ -233,6 +246,7 @@ def check(
             ("missing", missing),
             ("unexpected", extra),
             ("of another shape", wrong),
+            ("integers, as in a quantised checkpoint, which is not supported", integers),
             ("different from the weight they copy", untied),
         )
         if names
@@ -313,23 +327,47 @@ def _pieces(rules: list[Rule], flat: Mapping[str, Any]) -> dict[str, list[Piece]
     return found
 
 
-def _leaf(stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype: np.dtype, sharding: Any) -> jax.Array:
+def _leaf(
+    stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype: np.dtype, sharding: Any, broken: dict[str, None]
+) -> jax.Array:
+    """A leaf on its devices; names of tensors whose numbers are not all finite are added to `broken`."""
     made: dict[tuple, np.ndarray] = {}  # replicas ask for the same part again
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple(s.indices(n) for s, n in zip(index, shape))
         if key not in made:
-            out = np.empty([len(range(*bounds)) for bounds in key], dtype)
+            out = _aligned([len(range(*bounds)) for bounds in key], dtype)
             stacked = pieces[0].rule.stacked
             for to, at in zip(np.ndindex(*out.shape[:stacked]), itertools.product(*(range(*b) for b in key[:stacked]))):
                 piece = pieces[int(np.ravel_multi_index(at, shape[:stacked])) if stacked else 0]
-                out[to] = _read(stored, piece)[index[stacked:]]
+                row = out[(*to, ...)]
+                _fill(row, _read(stored, piece)[index[stacked:]])
+                if not weights.is_finite(row):
+                    broken[piece.name] = None
             made[key] = out
         return made[key]
 
     if sharding is None:
         return jax.device_put(part((slice(None),) * len(shape)))
     return jax.make_array_from_callback(shape, sharding, lambda index: part(index or ()))
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled, aligned as XLA wants it: a CPU device then takes it over as it is, instead of a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(to: np.ndarray, array: np.ndarray) -> None:
+    """to[...] = array, a few columns at a time where that turns a matrix over: so its lines stay in the processor's cache (a third
+    of the time for a 4096 x 11008 kernel in bfloat16)."""
+    if array.ndim == 2 and array.strides[0] < array.strides[1]:
+        for start in range(0, array.shape[1], COLUMNS):
+            to[:, start : start + COLUMNS] = array[:, start : start + COLUMNS]
+    else:
+        to[...] = array
 
 
 def _read(stored: Mapping[str, Stored], piece: Piece) -> np.ndarray:

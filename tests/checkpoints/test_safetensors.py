@@ -108,8 +108,51 @@ def test_a_name_that_occurs_twice_is_refused(tmp_path):
         weights.read(tmp_path)
 
 
-def test_nan_is_found_when_asked_for(tmp_path):
-    arrays = {"good": np.ones(3, np.float32), "bad": np.array([1, np.nan], ml_dtypes.bfloat16)}
-    safetensors.write([tensor(name, array) for name, array in arrays.items()], tmp_path)
-    with pytest.raises(UserError, match="1 tensors hold NaN or infinity: bad"):
-        weights.require_finite(weights.read(tmp_path))
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ml_dtypes.bfloat16])
+def test_nan_and_infinity_are_told_from_numbers(dtype):
+    limits = ml_dtypes.finfo(dtype)
+    good = np.array([[0, -0.0, 1, -1], [limits.max, limits.min, limits.tiny, -limits.tiny]], dtype)
+    assert weights.is_finite(good) and weights.is_finite(good[:0]) and weights.is_finite(np.array(2, dtype))
+    for bad in (np.nan, -np.nan, np.inf, -np.inf):
+        for place in ((0, 0), (1, 3)):
+            spoilt = good.copy()
+            spoilt[place] = bad
+            assert not weights.is_finite(spoilt), bad
+
+
+def test_safetensors_are_preferred(written):
+    (written / "pytorch_model.bin").write_bytes(b"never opened")
+    (written / "pytorch_model.bin.index.json").write_text("never opened")
+    assert_same(weights.read(written))
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "{", '{"weights": {}}', '{"weight_map": {}}']
+)
+def test_an_index_that_is_none_is_refused(written, index):
+    (written / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="not a readable index of shards"):
+        weights.read(written)
+
+
+def headed(directory, header, data: bytes = b"\0" * 8):
+    text = json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "header, said",
+    [
+        ({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, "tensor a is stored as F4, which is not supported"),
+        ({"a": {"dtype": "F8_E8M0", "shape": [1], "data_offsets": [0, 1]}}, "stored as F8_E8M0"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "shape and the size of tensor a do not agree"),
+        ({"a": {"dtype": "F32", "shape": [-2, -1], "data_offsets": [0, 8]}}, "of tensor a do not agree"),
+        ({"a": {"dtype": "F32", "shape": [2]}}, "entry of tensor a is not understood"),
+        ({"a": 3}, "entry of tensor a is not understood"),
+        ([1], "its header is no list of tensors"),
+    ],
+)
+def test_a_header_that_says_something_else_is_refused(tmp_path, header, said):
+    with pytest.raises(UserError, match=said):
+        weights.read(headed(tmp_path, header))
