@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
 from mmjax.config_parsing import nearest
+from mmjax.hub import REPOSITORY
 
 if TYPE_CHECKING:
     from mmjax.config import Model, Part, Recipe, Source, Stage
@@ -82,7 +83,7 @@ def _files(prefix: str, sources: dict[str, Source]) -> dict[str, str]:
 
 def _exists(path: str) -> bool:
     # OWNER/NAME may be a repository in the local cache: whoever loads it says whether it is
-    return Path(path).exists() or bool(glob.glob(path)) or re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None
+    return Path(path).exists() or bool(glob.glob(path)) or re.fullmatch(REPOSITORY, path) is not None
 
 
 def _out_of_range(value: Any, path: str) -> Iterator[str]:

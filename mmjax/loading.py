@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from mmjax import published, tree
+from mmjax import hub, published, tree
 from mmjax.checkpoints import peft, weights
 from mmjax.data import templates
 from mmjax.data.templates import Template
@@ -34,7 +34,8 @@ def load(
 ) -> Model:
     """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an
     mmjax
-    workdir; or a repository id that is in the local Hugging Face cache. What it is, its config.json says.
+    workdir; or a repository, OWNER/NAME or OWNER/NAME@REVISION, that is in the local Hugging Face cache. What it is, its
+    config.json says.
 
     dtype         of weights and activations
     template      a chat template's name; "" = the tokenizer's own, else LLaVA-1.5's where it fits
@@ -62,7 +63,9 @@ def load(
         model = from_published(source, _from_parts(source, adapter.base, reading), dtype, template)
         return with_adapter(model, adapter)
     if not has_config:
-        raise UserError(f"{directory} has no config.json (nor adapter_config.json, nor an mmjax run's recipe.json)")
+        raise UserError(
+            f"{directory} has no config.json (nor adapter_config.json, nor an mmjax run's recipe.json). {hub.remedy(directory)}"
+        )
     source = open_published(directory)
     if source.family is llava_llama.FAMILY and not any((directory / name).is_file() for name in weights.NAMES):
         base_name = source.foreign.get("_name_or_path", "")

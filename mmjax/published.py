@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmjax import tree
+from mmjax import hub, tree
 from mmjax.checkpoints import weights
 from mmjax.checkpoints.safetensors import Stored
 from mmjax.errors import UserError
@@ -35,25 +35,17 @@ class Published:
 
 
 def locate(name: str, near: Path | None = None) -> Path:
-    """The directory of a path (also relative to `near`), or of a repository id in the local Hugging Face cache.
+    """The directory of a path (also relative to `near`), or of a repository, OWNER/NAME or OWNER/NAME@REVISION, in the local
+    Hugging Face cache.
 
     Nothing is downloaded. Raises UserError saying what to download.
     """
     for candidate in (Path(name).expanduser(), *([near / name] if near else [])):
         if candidate.is_dir():
             return candidate.resolve()
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(name, local_files_only=True))
-        except (LocalEntryNotFoundError, HFValidationError, FileNotFoundError, OSError):
-            pass
-        raise UserError(
-            f"{name} is neither a directory nor in the local Hugging Face cache. Download it where there is a network "
-            f"(`hf download {name}`), or give the path of a directory that has it."
-        )
+    cached = hub.snapshot(name)
+    if cached is not None:
+        return cached
     raise UserError(f"{name}: no such directory")
 
 

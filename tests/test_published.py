@@ -6,19 +6,6 @@ from mmjax.errors import UserError
 from mmjax.published import locate, open_published
 
 
-def test_a_repository_in_the_local_cache_is_found(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repository = tmp_path / "models--someone--model"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text("0" * 40)
-    (snapshot / "config.json").write_text("{}")
-    assert locate("someone/model") == snapshot
-    with pytest.raises(UserError, match=r"someone/other is neither .*`hf download someone/other`"):
-        locate("someone/other")
-
-
 def test_a_directory_near_another_is_found(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "adapter").mkdir()

@@ -18,6 +18,7 @@ from typing import Any, Callable, Iterable
 import ml_dtypes
 import numpy as np
 
+from mmjax import hub
 from mmjax.errors import UserError
 
 DTYPES = {
@@ -162,7 +163,7 @@ def read_index(path: Path) -> dict[str, str]:
     absent = sorted(shard for shard in set(index.values()) if not (path.parent / shard).is_file())
     if absent:
         raise UserError(
-            f"{path.parent} lacks {len(absent)} of its shards: {', '.join(absent)}. Copy or download them again."
+            f"{path.parent} lacks {len(absent)} of its shards: {', '.join(absent)}. {hub.remedy(path.parent, absent)}"
         )
     return index
 

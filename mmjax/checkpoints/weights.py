@@ -8,6 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mmjax import hub
 from mmjax.checkpoints import pickles, safetensors
 from mmjax.checkpoints.safetensors import Stored
 from mmjax.errors import UserError
@@ -28,7 +29,7 @@ def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
     if path.is_dir():
         present = [path / name for name in names if (path / name).is_file()]
         if not present:
-            raise UserError(f"{path} has no weights: none of {', '.join(names)} is there")
+            raise UserError(f"{path} has no weights: none of {', '.join(names)} is there. {hub.remedy(path)}")
         path = present[0]
     if not path.is_file():
         raise UserError(f"{path}: no such file")
