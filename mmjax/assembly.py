@@ -24,6 +24,7 @@ from mmjax.model import Model
 from mmjax.models import adapters as lora
 from mmjax.models import multimodal, new_rows
 from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
+from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
 from mmjax.tree import Params
@@ -82,7 +83,7 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
         params=params,
         family=family,
         foreign=foreign,
-        run=Execution(dtype=section.dtype),
+        run=Execution(dtype=section.dtype, mesh=mesh_of(params)),
         tokenizer=tokenizer,
         image_processor=processor,
         bases=bases,
@@ -125,7 +126,7 @@ def load_workdir(workdir: Path, dtype: str, *, template: str = "", shardings: Pa
         params = overlay(params, checkpoint, shardings)
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
     chosen = templates.get(template, model.tokenizer) if template else model.template
-    return dataclasses.replace(model, params=params, run=Execution(dtype=dtype), template=chosen)  # type: ignore[arg-type]
+    return dataclasses.replace(model, params=params, run=Execution(dtype=dtype, mesh=mesh_of(params)), template=chosen)  # type: ignore[arg-type]
 
 
 def connector_config(

@@ -15,6 +15,7 @@ from mmjax.families import keys, llava_llama
 from mmjax.model import Model
 from mmjax.models import multimodal
 from mmjax.models.config import ConnectorConfig, Execution, ModelConfig
+from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published, read_json
 from mmjax.tree import Params
@@ -90,7 +91,7 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
         params=params,
         family=source.family,
         foreign=foreign,
-        run=Execution(dtype=dtype),  # type: ignore[arg-type]
+        run=Execution(dtype=dtype, mesh=mesh_of(params)),  # type: ignore[arg-type]
         tokenizer=tokenizer,
         template=chosen_template(tokenizer, directory, template) if tokenizer is not None else None,
         image_processor=processor,

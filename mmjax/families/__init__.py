@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip, siglip2
+from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip, siglip2, text_towers
 from mmjax.families.family import Config, Family
 
 FAMILIES = (
@@ -11,6 +11,8 @@ FAMILIES = (
     clip.FAMILY,
     siglip.FAMILY,
     siglip2.FAMILY,
+    text_towers.CLIP,
+    text_towers.SIGLIP,
     composed.FAMILY,
     bert.FAMILY,
     *parts.LANGUAGE,

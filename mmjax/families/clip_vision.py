@@ -6,7 +6,7 @@ from mmjax.families import vision
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, patches, rule
-from mmjax.families.towers import architecture, norm_rules, read_block, tower, write_tower
+from mmjax.families.towers import architecture, block_rules, read_block, tower, write_tower
 from mmjax.models.config import ModelConfig, ViTConfig
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -28,14 +28,6 @@ def read_tower(fields: Fields, projection: int = 0) -> ViTConfig:
         pooling="class_token",
         projection=projection,
     )
-
-
-def block_rules(theirs: str, ours: str) -> list[Rule]:
-    """The layers of a CLIP or SigLIP tower, vision or text."""
-    table = norm_rules(theirs, ours, ("layer_norm1", "layer_norm2"))
-    for name, path in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "output")):
-        table += linear(f"{theirs}self_attn.{name}", f"{ours}attention/{path}")
-    return table + linear(theirs + "mlp.fc1", ours + "mlp/up") + linear(theirs + "mlp.fc2", ours + "mlp/down")
 
 
 def tower_rules(encoder: ViTConfig) -> list[Rule]:

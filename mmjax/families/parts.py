@@ -74,5 +74,5 @@ def choose(families: tuple[Family, ...], config: Mapping, where: str) -> Family:
     for family in families:
         if name in family.model_types:
             return family
-    known = ", ".join(sorted(kind for family in families for kind in family.model_types))
+    known = ", ".join(sorted({kind for family in families for kind in family.model_types}))
     raise UserError(f"{where}: model_type {name!r} is not supported here; known are {known}")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Callable
 
-from mmjax.families import siglip_vision, vision
-from mmjax.families.clip_vision import block_rules
+from mmjax.families import siglip_vision, text_towers, vision
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
-from mmjax.families.keys import Rule, leading, linear, norm, rule
-from mmjax.families.towers import architecture, read_block, tower, write_block
-from mmjax.models.config import ModelConfig, TextTowerConfig, ViTConfig
+from mmjax.families.keys import Rule, leading, rule
+from mmjax.families.towers import architecture, tower
+from mmjax.models.config import ModelConfig, ViTConfig
 
 
 def read(config: Config, where: str, read_tower: Callable[[Fields], ViTConfig]) -> ModelConfig:
@@ -20,19 +19,9 @@ def read(config: Config, where: str, read_tower: Callable[[Fields], ViTConfig]) 
     architecture(fields)
     image = Fields(fields.part("vision_config", "siglip_vision_model"), f"{where}: vision_config")
     text = Fields(fields.part("text_config", "siglip_text_model"), f"{where}: text_config")
-    block = read_block(text, 768, 12, 3072, "gelu_pytorch_tanh", 1e-6)
     return ModelConfig(
         vision=read_tower(image),
-        text=TextTowerConfig(
-            vocab_size=text.get("vocab_size", 32000),
-            layers=text.get("num_hidden_layers", 12),
-            block=block,
-            max_positions=text.get("max_position_embeddings", 64),
-            causal=False,
-            pooling="last",
-            projection=text.get("projection_size", block.width),
-            projection_bias=True,
-        ),
+        text=text_towers.read_siglip(text),
         logit_bias=True,
         image_mean=siglip_vision.MEAN,
         image_std=siglip_vision.STD,
@@ -42,20 +31,12 @@ def read(config: Config, where: str, read_tower: Callable[[Fields], ViTConfig]) 
 def write(config: ModelConfig, base: Config, image: Config, model_type: str, architecture: str) -> Config:
     """`image`: the vision_config."""
     assert config.text is not None
-    text, before = config.text, base.get("text_config", {})
     return {
         **base,
         "architectures": [architecture],
         "model_type": model_type,
         "vision_config": image,
-        "text_config": {
-            **before,
-            "model_type": f"{model_type}_text_model",
-            **write_block(text.block, text.layers, before),
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.max_positions,
-            "projection_size": text.projection,
-        },
+        "text_config": text_towers.write(config.text, base.get("text_config", {}), f"{model_type}_text_model"),
     }
 
 
@@ -68,21 +49,10 @@ def _write(config: ModelConfig, base: Config) -> Config:
     return write(config, base, image, "siglip", "SiglipModel")
 
 
-def text_rules(head: list[Rule]) -> list[Rule]:
-    """The text tower of SigLIP and of CLIP, which differ in their projection."""
-    return [
-        rule("text_model.embeddings.token_embedding.weight", "text/embed/embedding"),
-        rule("text_model.embeddings.position_embedding.weight", "text/positions"),
-        *block_rules("text_model.encoder.layers.{i}.", "text/layers/"),
-        *norm("text_model.final_layer_norm", "text/final_norm"),
-        *head,
-    ]
-
-
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
     return [
         *siglip_vision.tower_rules(tower(config)),
-        *text_rules(linear("text_model.head", "text/projection")),
+        *text_towers.rules(config),
         rule("logit_scale", "logit_scale", form=leading(1)),
         rule("logit_bias", "logit_bias", form=leading(1)),
     ]
@@ -93,6 +63,6 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     rules=_rules,
-    inputs=(*vision.INPUTS, *vision.TEXT_INPUTS),
+    inputs=(*vision.INPUTS, *text_towers.INPUTS),
     outputs=vision.two_tower_outputs,
 )

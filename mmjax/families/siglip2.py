@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from mmjax.families import siglip, siglip2_vision, vision
+from mmjax.families import siglip, siglip2_vision, text_towers, vision
 from mmjax.families.family import Config
 from mmjax.families.siglip import read, write
 from mmjax.families.towers import tower
@@ -25,5 +25,5 @@ FAMILY = dataclasses.replace(
     model_types=("siglip2",),
     read_config=_read,
     write_config=_write,
-    inputs=(*vision.NAFLEX_INPUTS, *vision.TEXT_INPUTS),
+    inputs=(*vision.NAFLEX_INPUTS, *text_towers.INPUTS),
 )

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from mmjax.families import vision
-from mmjax.families.clip_vision import block_rules
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, leading, linear, norm, patches, rule, transposed
-from mmjax.families.towers import architecture, read_block, tower, write_tower
+from mmjax.families.towers import architecture, block_rules, read_block, tower, write_tower
 from mmjax.models.config import ModelConfig, ViTConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)

@@ -136,3 +136,11 @@ def attention_rules(theirs: str, ours: str, bias: bool) -> list[Rule]:
 def norm_rules(theirs: str, ours: str, names: tuple[str, str], bias: bool = True) -> list[Rule]:
     """The two norms of a block."""
     return norm(theirs + names[0], f"{ours}attention_norm", bias) + norm(theirs + names[1], f"{ours}mlp_norm", bias)
+
+
+def block_rules(theirs: str, ours: str) -> list[Rule]:
+    """The layers of a CLIP or SigLIP tower, vision or text."""
+    table = norm_rules(theirs, ours, ("layer_norm1", "layer_norm2"))
+    for name, path in (("q_proj", "query"), ("k_proj", "key"), ("v_proj", "value"), ("out_proj", "output")):
+        table += linear(f"{theirs}self_attn.{name}", f"{ours}attention/{path}")
+    return table + linear(theirs + "mlp.fc1", ours + "mlp/up") + linear(theirs + "mlp.fc2", ours + "mlp/down")

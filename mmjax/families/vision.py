@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.errors import UserError
+from mmjax.families import text_towers
 from mmjax.families.family import Config, Inputs
 from mmjax.models import multimodal, vit
 from mmjax.models.config import Execution, ModelConfig, ViTConfig
@@ -28,7 +29,6 @@ from mmjax.tree import Params
 
 INPUTS = ("pixel_values", "interpolate_pos_encoding")
 NAFLEX_INPUTS = ("pixel_values", "pixel_attention_mask", "spatial_shapes")
-TEXT_INPUTS = ("input_ids", "attention_mask")
 
 
 def pixels(inputs: Inputs, name: str = "pixel_values") -> np.ndarray:
@@ -86,11 +86,8 @@ def outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs
 def two_tower_outputs(
     params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
 ) -> dict:
-    assert isinstance(config.vision, ViTConfig)
-    if "input_ids" not in inputs:
-        raise UserError("input_ids are missing")
-    ids = inputs["input_ids"].astype(np.int32)
-    mask = inputs["attention_mask"].astype(np.int32) if "attention_mask" in inputs else None
+    assert isinstance(config.vision, ViTConfig) and config.text is not None
+    ids, mask = text_towers.inputs_of(config.text, inputs)
     found = _two_tower(params, pictures(config.vision, inputs), ids, mask, config=config, run=run)
     kept = {name: found[name] for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds")}
     kept.update(

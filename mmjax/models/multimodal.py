@@ -25,6 +25,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         params["vision"] = _encoder(config).init(keys[0], config.vision)
     if config.text is not None:
         params["text"] = text_tower.init(keys[1], config.text)
+    if config.text is not None and config.vision is not None:
         params["logit_scale"] = jnp.zeros(())
         if config.logit_bias:
             params["logit_bias"] = jnp.zeros(())

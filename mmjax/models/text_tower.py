@@ -26,10 +26,11 @@ def init(key: jax.Array, config: TextTowerConfig) -> Params:
         "positions": jax.random.normal(keys[1], (config.max_positions, width)) * 0.02,
         "layers": init_stack(lambda k: Block(config.block).init(k, x, Surroundings(Mask()))["params"], keys[2], config.layers),
         "final_norm": Norm(config.block.norm, config.block.norm_eps).init(key, x)["params"],
-        "projection": {"kernel": fan_in_normal(keys[3], (width, config.projection))},
     }
-    if config.projection_bias:
-        params["projection"]["bias"] = jnp.zeros(config.projection)
+    if config.projection:
+        params["projection"] = {"kernel": fan_in_normal(keys[3], (width, config.projection))}
+        if config.projection_bias:
+            params["projection"]["bias"] = jnp.zeros(config.projection)
     return params
 
 
@@ -37,7 +38,7 @@ def encode(
     params: Params, config: TextTowerConfig, tokens: jax.Array, run: Execution, segments: jax.Array | None = None
 ) -> dict[str, jax.Array]:
     """Tokens int [n, length] -> `states` [layers + 1, n, length, width], `last` (after the final norm), `pooled` [n, width] and
-    `embedding` [n, projection]. `segments` [n, length] is 0 at padding that may not be seen."""
+    `embedding` [n, projection], if the tower has a projection. `segments` [n, length] is 0 at padding that may not be seen."""
     x = params["embed"]["embedding"][tokens] + params["positions"][: tokens.shape[1]]
     x = x.astype(run.dtype)
     block = Block(config.block, backend=run.attention)
@@ -57,5 +58,7 @@ def encode(
         # Old CLIP files name 2 as the end of text, whose true id is the largest of the vocabulary.
         at = jnp.argmax(tokens if config.end_of_text == 2 else tokens == config.end_of_text, -1)
         pooled = jnp.take_along_axis(last, at[:, None, None], 1)[:, 0]
-    embedding = apply(Linear(config.projection, config.projection_bias), params["projection"], pooled)
-    return {"states": jnp.concatenate([x[None], states]), "last": last, "pooled": pooled, "embedding": embedding}
+    found = {"states": jnp.concatenate([x[None], states]), "last": last, "pooled": pooled}
+    if config.projection:
+        found["embedding"] = apply(Linear(config.projection, config.projection_bias), params["projection"], pooled)
+    return found

@@ -109,11 +109,17 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
 def shards_of(params: Params, rows: int) -> tuple[Mesh | None, int]:
     """The mesh that parameters live on and into how many parts `rows` rows can be divided over it; (None, 1) where they are
     not on a mesh, or the rows cannot be divided."""
-    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
-    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
-    if mesh is None or set(mesh.axis_names) != set(AXES) or rows % data_shards(mesh) or mesh.shape["sequence"] > 1:
+    mesh = mesh_of(params)
+    if mesh is None or rows % data_shards(mesh) or mesh.shape["sequence"] > 1:
         return None, 1
     return mesh, data_shards(mesh)
+
+
+def mesh_of(params: Params) -> Mesh | None:
+    """The mesh that parameters live on, None where they are not on one with our axes."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params))
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding) and isinstance(s.mesh, Mesh)), None)
+    return mesh if mesh is not None and set(mesh.axis_names) == set(AXES) else None
 
 
 def _axes(spec: PartitionSpec) -> str:

@@ -113,7 +113,7 @@ def test_a_stored_copy_of_a_tied_head_must_be_one(tmp_path):
 
 
 def test_an_unknown_family_lists_the_known_ones():
-    with pytest.raises(UserError, match="'falcon' is not supported here; known are .*clip, clip_vision_model, .*qwen2"):
+    with pytest.raises(UserError, match="'falcon' is not supported here; known are .*clip, clip_text_model, clip_vision_model, .*qwen2"):
         find({"model_type": "falcon"})
     assert len({kind for family in FAMILIES for kind in family.model_types}) >= 13
 
@@ -121,3 +121,37 @@ def test_an_unknown_family_lists_the_known_ones():
 def test_hf_model_type_is_read_first():
     assert find({"hf_model_type": "llama", "model_type": "something"}).model_types == ("llama",)
     assert json.dumps(find({"model_type": "llava", "mm_vision_tower": "x"}).model_types).count("llava_llama") == 1
+
+
+TEXTS = {
+    "clip": lambda: hf.CLIPTextModel(hf.CLIPTextConfig(**TEXT, eos_token_id=49)),
+    "clip with projection": lambda: hf.CLIPTextModelWithProjection(
+        hf.CLIPTextConfig(**TEXT, eos_token_id=49, projection_dim=20)
+    ),
+    "siglip": lambda: hf.SiglipTextModel(hf.SiglipTextConfig(**TEXT)),
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_text_towers(name, tmp_path):
+    theirs = randomised(TEXTS[name]())
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = mmjax.load(tmp_path / "theirs")
+    ids = np.concatenate([np.random.default_rng(0).integers(3, 49, (3, 9)), np.full((3, 3), 49)], 1)
+    mask = np.concatenate([np.ones((3, 10), int), np.zeros((3, 2), int)], 1)
+    with torch.no_grad():
+        reference = theirs(torch.tensor(ids), torch.tensor(mask), output_hidden_states=True)
+    found = ours({"input_ids": ids, "attention_mask": mask}, output_hidden_states=True)
+    for key in ("last_hidden_state", "pooler_output", "text_embeds"):
+        value = getattr(reference, key, None)
+        assert value is None or np.abs(np.asarray(found[key]) - value.numpy()).max() < 1e-4, key
+    assert ("text_embeds" in found) == ("projection" in name)
+    for i, state in enumerate(reference.hidden_states):
+        assert np.abs(np.asarray(found[f"hidden_states_{i}"]) - state.numpy()).max() < 1e-4
+    ours.save_pretrained(tmp_path / "ours")
+    again, report = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = again.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in theirs.state_dict().items())
+    with pytest.raises(UserError, match=r"\[rows, 12 at most\], not \[1, 13\]"):
+        ours({"input_ids": np.ones((1, 13), int)})

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from mmjax import config
-from mmjax.models.config import Experts
+from mmjax.inference.generate import Sampling, generate
+from mmjax.models.config import Execution, Experts
 from mmjax.models.experts import MixtureOfExperts, balance_loss
 from mmjax.parallel.mesh import make_mesh
+from mmjax.parallel.sharding import mesh_of, param_shardings
 from tests.training import tiny
 from tests.training.test_step import STAGE, Run
 
@@ -81,5 +83,11 @@ def test_divided_over_a_mesh(sizes, alone):
     assert f"f32[{full}]" not in run.compiled(BATCHES[0]).as_text()
 
 
-def test_a_mesh_is_made_for_experts():
-    assert make_mesh(config.Mesh(data=2, expert=4)).shape["expert"] == 4
+def test_generation_on_a_mesh():
+    mesh = make_mesh(config.Mesh(data=2, expert=4))
+    params = tiny.params(MODEL)
+    prompt = dataclasses.replace(tiny.batch(rows=4, groups=4), targets=None, weights=None)
+    alone = generate(params, MODEL, prompt, Sampling(max_new_tokens=6)).tokens
+    placed = jax.device_put(params, param_shardings(params, mesh))
+    divided = generate(placed, MODEL, prompt, Sampling(max_new_tokens=6), Execution(mesh=mesh_of(placed))).tokens
+    assert mesh_of(placed) is mesh and np.array_equal(alone, divided)
