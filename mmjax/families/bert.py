@@ -214,6 +214,7 @@ def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
 
 FAMILY = Family(
     model_types=("bert",),
+    about="BERT (arXiv 1810.04805)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

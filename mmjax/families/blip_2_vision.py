@@ -71,6 +71,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("blip_2_vision_model",),
+    about="BLIP-2's EVA ViT-g (arXiv 2301.12597)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -52,6 +52,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=("clip",),
+    about="CLIP (arXiv 2103.00020)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

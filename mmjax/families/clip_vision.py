@@ -66,6 +66,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("clip_vision_model",),
+    about="CLIP's vision tower, with or without its projection (arXiv 2103.00020)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -85,6 +85,7 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
 FAMILY = dataclasses.replace(
     llava.FAMILY,
     model_types=("mmjax",),
+    about="any encoder, connector and language model of these, where no published layout holds them",
     read_config=_read,
     write_config=_write,
     rules=_rules,

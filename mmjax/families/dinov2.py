@@ -129,6 +129,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=(PLAIN, WITH_REGISTERS),
+    about="DINOv2, with registers or without (arXiv 2304.07193)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

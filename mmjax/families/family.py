@@ -23,6 +23,7 @@ class Family:
     """A family's configuration, key table and names of inputs and outputs.
 
     model_types    values of config.json's `hf_model_type` or `model_type`
+    about          which models these are, and where they were published
     read_config    (config.json, its name in errors) -> shapes. Raises UserError naming a field that is missing or not
                    supported
     write_config   (shapes, the config.json that they were read from or {}) -> config.json
@@ -46,6 +47,7 @@ class Family:
     """
 
     model_types: tuple[str, ...]
+    about: str
     read_config: Callable[[Config, str], ModelConfig]
     write_config: Callable[[ModelConfig, Config], Config]
     rules: Callable[[ModelConfig, Config], list[Rule]]

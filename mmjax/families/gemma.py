@@ -95,6 +95,7 @@ def _write_second(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("gemma",),
+    about="Gemma (arXiv 2403.08295)",
     read_config=_read,
     write_config=_write,
     rules=llama.rules,
@@ -103,4 +104,10 @@ FAMILY = Family(
     prompt=language.prompt,
     copies=llama.copies,
 )
-SECOND = dataclasses.replace(FAMILY, model_types=("gemma2",), read_config=_read_second, write_config=_write_second)
+SECOND = dataclasses.replace(
+    FAMILY,
+    model_types=("gemma2",),
+    about="Gemma 2 (arXiv 2408.00118)",
+    read_config=_read_second,
+    write_config=_write_second,
+)

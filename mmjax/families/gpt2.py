@@ -90,6 +90,7 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 
 FAMILY = Family(
     model_types=("gpt2",),
+    about="GPT-2 (Radford et al., 2019)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

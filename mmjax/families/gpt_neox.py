@@ -103,6 +103,7 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 
 FAMILY = Family(
     model_types=("gpt_neox",),
+    about="GPT-NeoX, Pythia (arXiv 2204.06745)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

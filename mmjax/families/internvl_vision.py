@@ -98,6 +98,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("internvl_vision",),
+    about="InternViT (arXiv 2312.14238)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -174,6 +174,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("llama",),
+    about="Llama 1 to 3, Vicuna, TinyLlama (arXiv 2302.13971)",
     read_config=_read,
     write_config=_write,
     rules=rules,

@@ -200,6 +200,7 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 
 FAMILY = Family(
     model_types=("llava",),
+    about="LLaVA 1.5 and its kin (arXiv 2310.03744)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -232,6 +232,7 @@ def _outputs(
 
 FAMILY = Family(
     model_types=tuple(LANGUAGE),
+    about="LLaVA in its authors' layout (arXiv 2304.08485)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -35,6 +35,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("mistral",),
+    about="Mistral (arXiv 2310.06825)",
     read_config=_read,
     write_config=_write,
     rules=llama.rules,

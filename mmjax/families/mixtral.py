@@ -54,6 +54,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=("mixtral",),
+    about="Mixtral (arXiv 2401.04088)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -130,6 +130,7 @@ def _encoder(config: ModelConfig) -> MobileNetV2Config:
 
 FAMILY = Family(
     model_types=("mobilenet_v2",),
+    about="MobileNetV2 (arXiv 1801.04381)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -107,6 +107,7 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 
 FAMILY = Family(
     model_types=("mpt",),
+    about="MPT (MosaicML, 2023)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

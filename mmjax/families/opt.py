@@ -103,6 +103,7 @@ def _copies(config: ModelConfig) -> dict[str, str]:
 
 FAMILY = Family(
     model_types=("opt",),
+    about="OPT (arXiv 2205.01068)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

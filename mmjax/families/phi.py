@@ -90,6 +90,7 @@ def rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=("phi",),
+    about="Phi-1.5, Phi-2 (arXiv 2309.05463)",
     read_config=_read,
     write_config=_write,
     rules=rules,

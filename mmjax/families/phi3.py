@@ -65,6 +65,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=("phi3",),
+    about="Phi-3, Phi-4-mini (arXiv 2404.14219)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -42,6 +42,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("qwen2",),
+    about="Qwen2, Qwen2.5 (arXiv 2407.10671)",
     read_config=_read,
     write_config=_write,
     rules=llama.rules,

@@ -36,6 +36,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("qwen3",),
+    about="Qwen3 (arXiv 2505.09388)",
     read_config=_read,
     write_config=_write,
     rules=llama.rules,

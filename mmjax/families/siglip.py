@@ -60,6 +60,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=("siglip",),
+    about="SigLIP, and SigLIP 2 at a fixed size (arXiv 2303.15343)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -23,6 +23,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 FAMILY = dataclasses.replace(
     siglip.FAMILY,
     model_types=("siglip2",),
+    about="SigLIP 2 with pictures of any shape (arXiv 2502.14786)",
     read_config=_read,
     write_config=_write,
     inputs=(*vision.NAFLEX_INPUTS, *text_towers.INPUTS),

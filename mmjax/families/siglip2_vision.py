@@ -53,6 +53,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("siglip2_vision_model",),
+    about="SigLIP 2's vision tower for pictures of any shape (arXiv 2502.14786)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

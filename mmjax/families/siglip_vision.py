@@ -70,6 +70,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 FAMILY = Family(
     model_types=("siglip_vision_model",),
+    about="SigLIP's vision tower, and SigLIP 2's at a fixed size (arXiv 2303.15343)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -263,6 +263,7 @@ def _states(name: str, decoded: decoder.Decoded) -> dict[str, jax.Array]:
 
 FAMILY = Family(
     model_types=("t5", "mt5"),
+    about="T5, FlanT5, mT5 (arXiv 1910.10683)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

@@ -141,6 +141,7 @@ _ALONE = ((r"^(?=(embeddings|encoder|final_layer_norm|head)\.)", "text_model."),
 
 CLIP = Family(
     model_types=("clip_text_model",),
+    about="CLIP's text tower, with or without its projection (arXiv 2103.00020)",
     read_config=_read_clip,
     write_config=_write_clip,
     rules=lambda config, foreign: rules(config),
@@ -150,6 +151,7 @@ CLIP = Family(
 )
 SIGLIP = Family(
     model_types=("siglip_text_model",),
+    about="SigLIP's text tower (arXiv 2303.15343)",
     read_config=_read_siglip,
     write_config=_write_siglip,
     rules=lambda config, foreign: rules(config),

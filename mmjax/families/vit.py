@@ -91,6 +91,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 FAMILY = Family(
     model_types=("vit",),
+    about="ViT (arXiv 2010.11929)",
     read_config=_read,
     write_config=_write,
     rules=_rules,
