@@ -29,13 +29,14 @@ SIZES = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000},
     "small": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "num_attention_heads": 16, "vocab_size": 8000},
 }
-LOADERS = {
+LOADERS: dict[str, str] = {
     "mmjax": "import mmjax, jax; began = clock(); model = mmjax.load(path, dtype='bfloat16'); jax.block_until_ready(model.params)",
     "transformers": (
         "import torch, transformers; began = clock(); "
         "model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)"
     ),
 }
+LOADERS["mmjax as its jobs run, keeping freed memory"] = f"import mmjax.allocator; mmjax.allocator.keep_freed_memory(); {LOADERS['mmjax']}"
 
 
 def write(directory: Path, sizes: dict[str, int]) -> int:
@@ -112,8 +113,9 @@ def main() -> None:
             print(f"{loader}: {peak / 1e9:.2f} GB at most, {ratios[loader]:.3f} times the weights; {seconds:.1f} s", flush=True)
     finally:
         shutil.rmtree(chosen.directory, ignore_errors=True)
-    if not chosen.small and ratios["mmjax"] > ALLOWED:
-        raise SystemExit(f"mmjax takes {ratios['mmjax']:.3f} times the weights; {ALLOWED} are allowed")
+    worst = max(ratio for loader, ratio in ratios.items() if loader.startswith("mmjax"))
+    if not chosen.small and worst > ALLOWED:
+        raise SystemExit(f"mmjax takes {worst:.3f} times the weights; {ALLOWED} are allowed")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """New rows of the vocabulary laid over the tables equal the tables with the rows in them."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 
 from mmjax import tree
+from mmjax.config import Mesh
 from mmjax.models import multimodal, new_rows
 from mmjax.models.config import Execution
+from mmjax.parallel.mesh import make_mesh
+from mmjax.parallel.sharding import param_shardings
 from tests.models import tiny
 
 HEADS = {
@@ -28,11 +32,12 @@ def base(**head):
     return tiny.random_params(config), config
 
 
+@functools.partial(jax.jit, static_argnames="config")
 def run(params, config, tokens):
     """States [rows, length, width] and logits [rows, length, vocab]."""
     batch = dataclasses.replace(tiny.rows([[8], [8]], 8, images=False), tokens=tokens)
     states = multimodal.hidden(params, config, batch, Execution())
-    return np.asarray(states), np.asarray(multimodal.head(params, config, states))
+    return states, multimodal.head(params, config, states)
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
@@ -50,7 +55,8 @@ def test_rows_over_a_table_equal_a_table_that_holds_them(head):
         merged, plain = new_rows.merge(leaves, config)
         assert plain.language == dataclasses.replace(config.language, new_rows=(), beyond=0)
         assert not set(new_rows.LEAVES) & set(tree.flatten(merged))
-        (states, logits), (theirs, wanted) = run(leaves, config, tokens), run(merged, plain, tokens)
+        apart = run.__wrapped__  # not fused, so that the same product is rounded alike
+        (states, logits), (theirs, wanted) = apart(leaves, config, tokens), apart(merged, plain, tokens)
         np.testing.assert_array_equal(states, theirs)
         old = np.setdiff1d(np.arange(66), IDS)
         np.testing.assert_array_equal(logits[..., old], wanted[..., old])
@@ -86,15 +92,24 @@ def test_ids_that_leave_a_gap_are_refused():
         new_rows.add(*base(), (66,))
 
 
+def test_tables_divided_over_a_mesh():
+    params, config = new_rows.add(*base(), FRESH, KNOWN)
+    tokens = np.array([[64, 3, 7, 9, 65, 20, 21, 63], [0, 1, 64, 64, 8, 10, 62, 22]], np.int32)
+    mesh = make_mesh(Mesh(fsdp=2, tensor=4))
+    placed = jax.device_put(params, param_shardings(params, mesh))
+    assert not placed["llm"]["head"]["kernel"].sharding.is_fully_replicated
+    assert placed["llm"]["head"]["new_rows"].sharding.is_fully_replicated
+    for ours, whole in zip(run(placed, config, tokens), run(params, config, tokens)):
+        np.testing.assert_allclose(ours, whole, rtol=1e-5, atol=1e-5)
+
+
 def test_gradients_reach_the_rows_alone():
     params, config = new_rows.add(*base(tied_head=True), (64, 65))
     tokens = np.array([[1, 2, 64, 3, 4, 5, 6, 7]] * 2, np.int32)
 
     def loss(rows):
         joined = tree.merge(params, {"llm": {"embed": {"new_rows": rows}}})
-        batch = dataclasses.replace(tiny.rows([[8], [8]], 8, images=False), tokens=tokens)
-        logits = multimodal.head(joined, config, multimodal.hidden(joined, config, batch, Execution()))
-        return jax.nn.log_softmax(logits)[:, 1, 64].sum()
+        return jax.nn.log_softmax(run(joined, config, tokens)[1])[:, 1, 64].sum()
 
     gradient = jax.grad(loss)(params["llm"]["embed"]["new_rows"])
     assert gradient.shape == (2, 32) and (jnp.abs(gradient).sum(1) > 0).all()
