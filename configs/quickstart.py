@@ -66,7 +66,8 @@ VIT = Part(
     }
 )
 
-KINDS = ("position", "count", "contains", "largest", "contains", "sum", "order")  # "is there a 7?" is learnt last: twice
+# "Which digit is at the top left?" and "is there a 7?" are learnt last: twice.
+KINDS = ("position", "count", "contains", "position", "largest", "contains", "sum", "order")
 
 
 def get_config(argument: str = ""):
@@ -78,15 +79,23 @@ def get_config(argument: str = ""):
         rows=32,
         length=64,
         unroll=3,
-        optimizer=_adamw(4e-3),
+        optimizer=Optimizer(
+            name="muon",
+            learning_rate=0.02,
+            multipliers={"llm/embed/**": 0.2, "**/{scale,bias}": 0.2},
+            warmup_ratio=0.05,
+            weight_decay=0.05,
+            clip_norm=1.0,
+        ),
     )
     vision = Stage(
         objective="classify",
         trainable=("vision/**",),
         sources={"digits": Source(kind="digits", options={"split": "train", "task": "single", "size": 20000})},
-        steps=800,
+        steps=900,
         rows=128,
         tiles=1,
+        label_smoothing=0.1,
         unroll=2,
         optimizer=_adamw(3e-3),
     )
@@ -103,7 +112,7 @@ def get_config(argument: str = ""):
     instruct = Stage(
         trainable=("connector/**", "llm/**/lora_*"),
         sources={"questions": Source(kind="digits", options={"split": "train", "task": "questions", "size": 14000, "kinds": KINDS})},
-        steps=300,
+        steps=400,
         rows=32,
         length=64,
         tiles=3,

@@ -25,7 +25,7 @@ CANVAS = 32  # pixels of a side
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")  # reading order
 KINDS = ("position", "count", "contains", "largest", "sum", "order")
 SCRIBBLE = 10  # scribbles are digits less this
-PLACES = 8  # of every picture of handwriting within a quarter
+PLACES = 24  # of every picture of handwriting within a quarter
 SPLITS = {"train": 1500, "held_out": 297}  # pictures of handwriting
 TASKS = ("questions", "caption", "single", "facts")
 
