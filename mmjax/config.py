@@ -136,8 +136,8 @@ class Model:
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
     new_tokens      tokens that the tokenizer is to have (delimiters, states, speech units). Each gets rows of its own in the
-                    vocabulary, which a stage trains as `llm/**/new_rows` (and `llm/head/new_bias`, if the head has a bias); one that the
-                    tokenizer has already keeps its id, and its row begins as it is. The vocabulary grows where it must
+                    vocabulary, which a stage trains as `llm/**/new_rows` (of a head with a bias also `llm/head/new_bias`); one
+                    that the tokenizer has already keeps its id, and its row begins as it is. The vocabulary grows where it must
     new_rows_start  what the rows of tokens that are new begin as: the "mean" of the old rows (LLaVA), or "normal", drawn with
                     the mean and the standard deviation of each channel; embeddings and head each by their own table
     dtype           of frozen weights; trained weights are kept in float32 (see Stage.param_dtype)
