@@ -11,8 +11,10 @@ import io
 import math
 import mmap
 import pickle
+import pickletools
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
@@ -106,7 +108,7 @@ def _read_file(path: Path) -> dict[str, Stored]:
             description = archive.read(pickled)
         with open(path, "rb") as file:
             buffer = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, zipfile.BadZipFile, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, EOFError, zlib.error) as error:
         raise UserError(
             f"{path} is not a file of torch.save in its zip format ({error}). Files older than torch 1.6, and damaged "
             "ones, cannot be read; load it in torch and save its tensors as safetensors."
@@ -125,6 +127,9 @@ def _read_file(path: Path) -> dict[str, Stored]:
 
     unpickler = _Unpickler(io.BytesIO(description), path, storage)
     try:
+        # The unpickler makes room for as many entries as the largest number under which one is put away.
+        if any("PUT" in op.name and int(arg or 0) > len(description) for op, arg, _ in pickletools.genops(description)):
+            raise pickle.UnpicklingError("it numbers more objects than it could hold")
         tensors = _tensors(unpickler.load(), path)
     except UserError:
         raise

@@ -215,3 +215,26 @@ def test_a_tensor_cannot_reach_outside_its_storage(tmp_path):
             file.writestr(n, data)
     with pytest.raises(UserError, match="outside its storage"):
         pickles.read(tmp_path / "y.bin")
+
+
+def test_damage_anywhere_is_one_kind_of_error(tmp_path):
+    """Bytes changed at random, in the description and in the archive: what is not read is refused, and takes no memory."""
+    torch.save({"model": {"a": torch.zeros(3, 2), "b": torch.nn.Parameter(torch.ones(2))}, **TRAINED}, tmp_path / "x.bin")
+    whole = (tmp_path / "x.bin").read_bytes()
+    with zipfile.ZipFile(tmp_path / "x.bin") as file:
+        parts = {name: file.read(name) for name in file.namelist()}
+    name, rng, refused = next(n for n in parts if n.endswith("data.pkl")), np.random.default_rng(0), 0
+    for k in range(300):
+        damaged = bytearray(parts[name] if k % 2 else whole)
+        for place in rng.integers(0, len(damaged), 3):
+            damaged[place] = rng.integers(0, 256)
+        (tmp_path / "y.bin").write_bytes(damaged)
+        if k % 2:
+            with zipfile.ZipFile(tmp_path / "y.bin", "w") as file:
+                for n, data in parts.items():
+                    file.writestr(n, bytes(damaged) if n == name else data)
+        try:
+            pickles.read(tmp_path / "y.bin")
+        except UserError:
+            refused += 1
+    assert refused > 150
