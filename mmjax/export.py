@@ -241,9 +241,10 @@ def _write_rest(model: Model, foreign: Config, path: Path) -> None:
         text = foreign.get("text_config", foreign)
         ids = {
             name: model.generation.get(name, text.get(name))
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         }
         if model.tokenizer is not None:
-            ids = {name: getattr(model.tokenizer, name) if value is None else value for name, value in ids.items()}
+            own = {name: getattr(model.tokenizer, name, None) for name in ids}
+            ids = {name: own[name] if value is None else value for name, value in ids.items()}
         kept = {**model.generation, **{name: value for name, value in ids.items() if value is not None}}
         (path / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")

@@ -241,6 +241,8 @@ def _is_head(path: str, config: ModelConfig) -> bool:
 
 
 def _is_matmul(path: str, config: ModelConfig) -> bool:
+    if path.startswith(("llm/pooler/", "llm/classifier/")):
+        return False  # not used in training on language
     return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith(("/embedding", "/new_rows")) and _is_head(path, config))
 
 

@@ -107,19 +107,10 @@ def run_language(
             params["connector"], config.connector, connected, config.adapters
         )
     assert config.llm is not None
-    embedded = multimodal.embed(params, config, batch, run)
-    decoded = decoder.decode(
-        params["llm"],
-        config.llm,
-        embedded,
-        segments=jnp.asarray(batch.segments),
-        positions=jnp.asarray(batch.positions),
-        run=run,
-        adapters=config.adapters,
-        return_states=states,
-    )
+    reading = multimodal.read(params, config, batch, run)
+    decoded = multimodal.decode_reading(params, config, reading, run, return_states=states)
     logits = decoder.head(params["llm"], config.llm, decoded.last)
-    found.update(inputs_embeds=embedded, logits=logits, last_hidden_state=decoded.last)
+    found.update(inputs_embeds=reading.x, logits=logits, last_hidden_state=decoded.last)
     found.update(loss(logits, batch))
     if decoded.router is not None and config.llm.block.experts is not None:
         found["aux_loss"] = balance_loss(decoded.router, jnp.asarray(batch.segments) > 0, config.llm.block.experts.chosen)

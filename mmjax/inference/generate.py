@@ -109,7 +109,7 @@ def _states(
     crossing = _crossing(config.language, longest)
     state, memory = _start(params, batch, key, jnp.int32(limit), config, static, run, return_scores)
     for look in looks:
-        if int(state.step) <= crossing <= look:
+        if crossing and int(state.step) <= crossing <= look:
             state = _advance(params, memory, state, jnp.int32(crossing), config, static, run)
             if int(state.step) == crossing and bool(state.open):
                 again = pad_prompt(_extended(batch, np.asarray(state.written[:, :crossing])))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Batch
+from mmjax.errors import UserError
 from mmjax.models import adapters as lora
 from mmjax.models import connectors, decoder, encoder_decoder, mobilenet_v2, text_tower, vit
 from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig, ViTConfig
@@ -142,6 +143,8 @@ def decode(
 ) -> decoder.Decoded:
     """The LLM's states after its final norm, and the routers' logits of a mixture of experts; `dropout` in its blocks where there is
     a key."""
+    if config.language.encoder is not None and batch.decoder_tokens is None:
+        raise UserError("the language model is an encoder-decoder: its batches need decoder_tokens, which recipes do not make")
     encoder_key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.language.layers)
     reading = read(params, config, batch, run, dropout=dropout, dropout_key=encoder_key)
     return decode_reading(params, config, reading, run, dropout=dropout, dropout_key=dropout_key)

@@ -83,6 +83,7 @@ def test_equal_to_transformers(pair, tmp_path):
         apart = np.abs(np.asarray(found[name]) - value.numpy()) / np.abs(value.numpy()).max()
         assert (apart[MASK == 1] if apart.shape[:2] == MASK.shape else apart).max() < 1e-5, name
     ours.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["decoder_start_token_id"] == 0
     again = type(theirs).from_pretrained(tmp_path).eval()
     state = again.state_dict()
     assert all(torch.equal(state[key], value) for key, value in theirs.state_dict().items())
