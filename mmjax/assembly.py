@@ -143,18 +143,26 @@ def connector_config(
         in_width=tower.feature_width * len(features.layers),
         out_width=width,
         positions=features.positions(tower),
-        depth=depth,
+        depth=section.depth or depth,
         hidden_width=section.hidden_width,
         bias=section.bias,
         group=section.group,
         pooled_tokens=section.pooled_tokens,
         grid=section.grid,
+        input_norm=section.input_norm,
+        squeeze_width=section.squeeze_width,
+        token_order=section.token_order,
     )
     side = math.isqrt(config.positions)
     if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):
         raise UserError(
             f"model.connector.grid = {config.grid}: the connector {section.kind!r} over {config.positions} positions "
             f"has no square map of at least {config.grid} x {config.grid} cells to average"
+        )
+    if kind == "space_to_depth" and math.isqrt(config.pooled) ** 2 != config.pooled:
+        raise UserError(
+            f"model.connector.kind = 'space_to_depth' cuts up a square map of positions, and {config.pooled} are none: "
+            f"does the connector read a class token?"
         )
     if kind == "identity" and config.in_width != width:
         raise UserError(

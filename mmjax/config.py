@@ -76,15 +76,19 @@ class Part:
 
 @dataclasses.dataclass
 class Connector:
-    """See mmjax.models.config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `path` reads published connector
-    weights (a projector-only file or directory); "" = fresh."""
+    """See mmjax.models.config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `depth` 0 = the kind's own.
+    `path` reads published connector weights (a projector-only file or directory); "" = fresh."""
 
     kind: str = "mlp2x_gelu"
+    depth: int = 0
     hidden_width: int = 0
     group: int = 1
     pooled_tokens: int = 1
     grid: int = 0
     bias: bool = True
+    input_norm: bool = False
+    squeeze_width: int = 0
+    token_order: Literal["rows", "columns"] = "rows"
     path: str = ""
 
 

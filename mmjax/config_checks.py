@@ -14,15 +14,17 @@ from mmjax.config_parsing import nearest
 from mmjax.hub import REPOSITORY
 
 if TYPE_CHECKING:
-    from mmjax.config import Model, Part, Recipe, Source, Stage
+    from mmjax.config import Connector, Model, Part, Recipe, Source, Stage
 
-CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "identity")
+CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "identity")
+MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
 # Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank"), (1, math.inf)),
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
-    **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "warmup_steps", "hidden_width"), (0, math.inf)),
+    **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("depth", "hidden_width", "squeeze_width"), (0, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
@@ -116,9 +118,7 @@ def _model(model: Model) -> Iterator[str]:
         yield "model names no parts: give model.path, or model.llm and model.vision (a path, or a config of shapes)."
     for name, part in parts.items():
         yield from _part(f"model.{name}", part)
-    kind = model.connector.kind
-    if kind not in CONNECTORS and not re.fullmatch(r"mlp[1-9]\d*x_gelu", kind):
-        yield f"model.connector.kind is {kind!r}; it must be one of {', '.join(CONNECTORS)}, or mlpNx_gelu."
+    yield from _connector(model.connector)
     yield from _template("model.template", model.template)
     if not model.feature_layers:
         yield "model.feature_layers is empty: which of the encoder's hidden states does the connector read? (-2: the last but one)"
@@ -132,6 +132,17 @@ def _model(model: Model) -> Iterator[str]:
             yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."
         if not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
+
+
+def _connector(connector: Connector) -> Iterator[str]:
+    kind = connector.kind
+    named = re.fullmatch(r"mlp[1-9]\d*x_gelu", kind)
+    if kind not in CONNECTORS and not named:
+        yield f"model.connector.kind is {kind!r}; it must be one of {', '.join(CONNECTORS)}, or mlpNx_gelu."
+    if named and connector.depth:
+        yield f"model.connector.depth is {connector.depth}, and kind={kind!r} says how deep it is; leave out one of the two."
+    if connector.squeeze_width and kind not in MLPS and not named:
+        yield f"model.connector.squeeze_width is a layer of an MLP ({', '.join(MLPS)}), which kind={kind!r} has not."
 
 
 def _template(key: str, name: str) -> Iterator[str]:

@@ -212,7 +212,7 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
 
 
 def _connector_rows(config: ConnectorConfig) -> int:
-    return config.tokens if config.kind == "concat" else config.pooled
+    return config.tokens if config.kind in ("concat", "space_to_depth") else config.pooled
 
 
 def _pixels(config: MobileNetV2Config) -> dict[str, int]:

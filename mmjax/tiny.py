@@ -47,6 +47,7 @@ def _model(model: Model) -> Model:
         model.connector,
         path="",
         hidden_width=min(model.connector.hidden_width, 64),
+        squeeze_width=min(model.connector.squeeze_width, 64),
         pooled_tokens=min(model.connector.pooled_tokens, 4),
     )
     adapters = {

@@ -81,6 +81,15 @@ def test_layers_in_front_of_the_first_trained_one_only_run_forwards():
     assert top.per_tile["vision"] < whole.per_tile["vision"] < 3.01 * cost(LLAVA, "connector/**").per_tile["vision"]
 
 
+def test_a_space_to_depth_connector():
+    """Four positions of VILA-1.5's 27 x 27 become one of 14 x 14 tokens."""
+    tower = dataclasses.replace(CLIP, image_size=27 * 14, class_token=False, pooling="none")
+    connector = ConnectorConfig("space_to_depth", 1024, 4096, 729, group=2, input_norm=True)
+    counted = cost(dataclasses.replace(LLAVA, vision=tower, connector=connector), "connector/**")
+    assert connector.tokens == 196
+    assert counted.per_tile["connector"] == 6 * 196 * (4 * 1024 * 4096 + 4096 * 4096)
+
+
 def test_the_last_block_does_not_run_where_the_connector_reads_the_one_before():
     last = dataclasses.replace(LLAVA, features=FeatureSpec((-1,)))
     share = cost(LLAVA, "connector/**").per_tile["vision"] / cost(last, "connector/**").per_tile["vision"]

@@ -10,6 +10,9 @@ DIRECTORIES = [
     "llava_llama/mlp2x_gelu_right_padded",
     *(f"label_mask/{name}" for name in ("v1", "plain", "llava_llama_2", "mpt", "v0_no_bos_tokenizer")),
     *(f"image_processor/{name}" for name in ("clip_shortest_edge_center_crop", "llava_pad_square", "siglip_squash")),
+    *(f"vila_projector/{name}" for name in ("linear", "mlp_downsample_2x2_fix", "mlp_downsample_3x3_fix")),
+    *(f"vila_projector/vila15_mlp_downsample_{grid}_grid" for grid in ("even", "odd")),
+    *(f"anymal_linear/{name}" for name in ("linear1", "mlp2")),
     *(f"vision_zoo/{name}" for name in ("clip_vision", "siglip")),
     *(f"llm_zoo/{name}" for name in ("llama", "llama_llama3_rope", "mistral")),
 ]

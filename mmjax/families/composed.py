@@ -70,16 +70,19 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
+    table = norm("connector.input_norm", "connector/input_norm") if config.input_norm else []
     if config.kind == "residual_mlp":
         halves = [f"{half}/{name}" for half in ("first", "second") for name in ("up", "down")]
-        table = [
+        table += [
             r
             for path in halves
             for r in linear(f"connector.{path.replace('/', '.')}", f"connector/{path}", config.bias)
         ]
         return table + norm("connector.norm", "connector/norm")
+    if config.squeeze_width:
+        table += norm("connector.squeeze_norm", "connector/squeeze_norm")
     names = [f"layers_{i}" for i in range(len(connectors.widths(config)))]
-    return [r for name in names for r in linear(f"connector.{name}", f"connector/{name}", config.bias)]
+    return table + [r for name in names for r in linear(f"connector.{name}", f"connector/{name}", config.bias)]
 
 
 FAMILY = dataclasses.replace(

@@ -15,11 +15,10 @@ import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.errors import UserError
-from mmjax.families import language, llava, parts, vision
+from mmjax.families import language, llava, parts, sequential, vision
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, prefixed
-from mmjax.models import connectors
 from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, ModelConfig, ViTConfig
 from mmjax.tree import Params
 
@@ -109,6 +108,8 @@ def expressible(config: ModelConfig) -> str:
         or not c.bias
         or c.activation != "gelu"
         or c.grid
+        or c.input_norm
+        or c.squeeze_width
     ):
         return "its connector is linear, the identity or mlpNx_gelu, as wide as the language model and with biases"
     if config.vision.registers and not config.features.keep_registers:
@@ -144,8 +145,7 @@ def projector_rules(config: ConnectorConfig) -> list[Rule]:
     """`mm_projector` of the original layout: one Linear, or a Sequential whose odd places are activations."""
     if config.kind == "linear":
         return linear("model.mm_projector", "connector/layers_0")
-    places = range(len(connectors.widths(config)))
-    return [r for i in places for r in linear(f"model.mm_projector.{2 * i}", f"connector/layers_{i}")]
+    return sequential.rules("model.mm_projector", config)
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:

@@ -7,6 +7,7 @@ Foreign configuration files are translated to these by `mmjax.families`; recipes
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, Union
 
 from jax.sharding import Mesh
@@ -330,13 +331,19 @@ class ConnectorConfig:
       mlp         `depth` Linears with the activation between them (LLaVA-1.5's mlp2x_gelu is depth 2)
       pooled_mlp  mean over positions, then an MLP whose last Linear makes `tokens` LLM tokens at once (doubutsu's first)
       concat      `group` neighbouring positions concatenated on channels, then an MLP of `depth` (MiniGPT-4, doubutsu's second)
+      space_to_depth  the square map cut into blocks of `group` x `group` positions, concatenated on channels row by row, then an MLP
+                  of `depth` (VILA, arXiv 2312.07533); a map that `group` does not divide gets zeros on its right and at its bottom
       residual_mlp  MLP, layer norm, then x + MLP(x), both through `hidden_width` (moondream 1)
       identity    nothing
+
+    input_norm     a layer norm in front of the parameters of any of these (VILA, AnyMAL)
+    squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
+    token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
 
-    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "residual_mlp", "identity"]
+    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", "identity"]
     in_width: int
     out_width: int
     positions: int
@@ -347,6 +354,9 @@ class ConnectorConfig:
     group: int = 1
     pooled_tokens: int = 1
     grid: int = 0
+    input_norm: bool = False
+    squeeze_width: int = 0
+    token_order: Literal["rows", "columns"] = "rows"
 
     @property
     def pooled(self) -> int:
@@ -360,6 +370,8 @@ class ConnectorConfig:
             return self.pooled_tokens
         if self.kind == "concat":
             return self.pooled // self.group
+        if self.kind == "space_to_depth":
+            return (-(-math.isqrt(self.pooled) // self.group)) ** 2
         return self.pooled
 
 

@@ -20,21 +20,26 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
 
     Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`.
     """
+    params: Params = {}
+    if config.input_norm:
+        params["input_norm"] = _norm_of(grouped_width(config))
     if config.kind == "residual_mlp":
         keys = jax.random.split(key, 2)
         wide, narrow = jnp.zeros((1, config.in_width)), jnp.zeros((1, config.out_width))
         return {
+            **params,
             "first": _mlp(config).init(keys[0], wide)["params"],
-            "norm": Norm("layer", 1e-5).init(keys[0], narrow)["params"],
+            "norm": _norm_of(config.out_width),
             "second": _mlp(config).init(keys[1], narrow)["params"],
         }
-    params = {}
     for i, (inputs, outputs) in enumerate(widths(config)):
         kernel, bias = jax.random.split(jax.random.fold_in(key, i))
         params[f"layers_{i}"] = {"kernel": fan_in_uniform(kernel, (inputs, outputs))}
         if config.bias:
             bound = inputs**-0.5
             params[f"layers_{i}"]["bias"] = jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound)
+    if config.squeeze_width:
+        params["squeeze_norm"] = _norm_of(config.squeeze_width)
     return params
 
 
@@ -50,21 +55,22 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
             f"the connector was made for features of {config.positions} positions x {config.in_width} channels, "
             f"the encoder gives {features.shape[-2]} x {features.shape[-1]}"
         )
-    x = features
+    x = group(config, features)
+    if config.input_norm:
+        x = apply(Norm("layer", 1e-5), params["input_norm"], x)
     if config.kind == "residual_mlp":
         x = apply(_mlp(config, adapters), params["first"], x)
         x = apply(Norm("layer", 1e-5), params["norm"], x)
         return x + apply(_mlp(config, adapters), params["second"], x)
     if config.kind == "pooled_mlp":
         x = x[..., 0, :]
-    if config.kind == "concat":
-        x = x[..., : config.tokens * config.group, :]
-        x = x.reshape(*x.shape[:-2], config.tokens, config.group * config.in_width)
     layers = widths(config)
     for i, (_, outputs) in enumerate(layers):
         x = apply(Linear(outputs, config.bias, adapters), params[f"layers_{i}"], x)
         if i + 1 < len(layers):
             x = ACTIVATIONS[config.activation](x)
+        if i == 0 and config.squeeze_width:
+            x = apply(Norm("layer", 1e-5), params["squeeze_norm"], x)
     if config.kind == "pooled_mlp":
         x = x.reshape(*x.shape[:-1], config.pooled_tokens, config.out_width)
     return x
@@ -89,14 +95,47 @@ def pool(config: ConnectorConfig, features: jax.Array) -> jax.Array:
     return cells.reshape(*features.shape[:-2], config.pooled, config.in_width)
 
 
+def group(config: ConnectorConfig, features: jax.Array) -> jax.Array:
+    """What `pool` made, [..., config.pooled, in_width], with the positions put together that become one token:
+    [..., tokens, grouped_width(config)]."""
+    before, width = features.shape[:-2], grouped_width(config)
+    if config.kind == "concat":
+        return features[..., : config.tokens * config.group, :].reshape(*before, config.tokens, width)
+    if config.kind != "space_to_depth":
+        return features
+    side, size = math.isqrt(config.pooled), config.group
+    blocks = -(-side // size)
+    if side**2 != config.pooled:
+        raise ValueError(f"a space_to_depth connector cuts up a square map of positions, not {config.pooled} of them")
+    rows = features.reshape(*before, side, side, config.in_width)
+    more = (0, blocks * size - side)
+    rows = jnp.pad(rows, [(0, 0)] * len(before) + [more, more, (0, 0)])
+    x = rows.reshape(*before, blocks, size, blocks, size, config.in_width)
+    # [..., block's row, block's column, row in it, column in it, channel]
+    x = jnp.swapaxes(x, -4, -3)
+    if config.token_order == "columns":
+        x = jnp.swapaxes(x, -5, -4)
+    return x.reshape(*before, blocks**2, width)
+
+
+def grouped_width(config: ConnectorConfig) -> int:
+    """Channels of one token before the connector's parameters."""
+    return config.in_width * {"concat": config.group, "space_to_depth": config.group**2}.get(config.kind, 1)
+
+
 def widths(config: ConnectorConfig) -> list[tuple[int, int]]:
     """(in, out) of each Linear in the order in which they run."""
-    inputs = config.in_width * (config.group if config.kind == "concat" else 1)
     outputs = config.out_width * (config.pooled_tokens if config.kind == "pooled_mlp" else 1)
     depth = {"identity": 0, "linear": 1}.get(config.kind, config.depth)
     hidden = config.hidden_width or config.out_width
-    ends = [inputs] + [hidden] * (depth - 1) + [outputs]
+    squeezed = [config.squeeze_width] * bool(config.squeeze_width)
+    ends = [grouped_width(config)] + squeezed + [hidden] * (depth - 1) + [outputs]
     return list(zip(ends[:-1], ends[1:], strict=True)) if depth else []
+
+
+def _norm_of(width: int) -> Params:
+    """A fresh layer norm."""
+    return {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
 
 
 def _mlp(config: ConnectorConfig, adapters=()) -> MLP:

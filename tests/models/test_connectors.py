@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from mmjax import tree
+from mmjax.checkpoints import safetensors, weights
+from mmjax.families import composed, keys
 from mmjax.models import adapters, connectors, layers, multimodal
 from mmjax.models.config import ConnectorConfig, Execution, LoraConfig
 from tests.models import tiny
@@ -19,6 +21,9 @@ KINDS = {
     "pooled": ConnectorConfig("pooled_mlp", 6, 8, 4, pooled_tokens=3),
     "concat": ConnectorConfig("concat", 6, 8, 5, group=2, depth=1),
     "residual": ConnectorConfig("residual_mlp", 6, 8, 4, hidden_width=10),
+    "normed": ConnectorConfig("mlp", 6, 8, 4, input_norm=True),
+    "2x2": ConnectorConfig("space_to_depth", 6, 8, 9, group=2, input_norm=True),
+    "3x3": ConnectorConfig("space_to_depth", 6, 8, 16, group=3, squeeze_width=7, token_order="columns"),
     "identity": ConnectorConfig("identity", 8, 8, 4),
 }
 
@@ -29,19 +34,31 @@ def in_torch(params, config, x):
     def linear(leaf, y):
         return torch.nn.functional.linear(y, torch.tensor(leaf["kernel"].T), torch.tensor(leaf["bias"]))
 
+    def norm(leaf, y):
+        return torch.nn.functional.layer_norm(y, y.shape[-1:], torch.tensor(leaf["scale"]), torch.tensor(leaf["bias"]))
+
     gelu = torch.nn.functional.gelu
     x = torch.tensor(x)
     if config.kind == "residual_mlp":
-        norm = params["norm"]
         x = linear(params["first"]["down"], gelu(linear(params["first"]["up"], x)))
-        x = torch.nn.functional.layer_norm(x, (8,), torch.tensor(norm["scale"]), torch.tensor(norm["bias"]))
+        x = norm(params["norm"], x)
         return x + linear(params["second"]["down"], gelu(linear(params["second"]["up"], x)))
     if config.kind == "pooled_mlp":
         x = x.mean(1)
     if config.kind == "concat":
         x = torch.stack([torch.cat([x[:, 0], x[:, 1]], -1), torch.cat([x[:, 2], x[:, 3]], -1)], 1)
-    for i in range(len(params)):
-        x = linear(params[f"layers_{i}"], x if i == 0 else gelu(x))
+    if config.kind == "space_to_depth":
+        side, g = round(config.positions**0.5), config.group
+        x = torch.nn.functional.pad(x.reshape(2, side, side, 6), (0, 0, 0, -side % g, 0, -side % g))
+        corners = [(r, c) for r in range(0, side, g) for c in range(0, side, g)]
+        if config.token_order == "columns":
+            corners = [(r, c) for c, r in corners]
+        x = torch.stack([x[:, r : r + g, c : c + g].reshape(2, -1) for r, c in corners], 1)
+    x = norm(params["input_norm"], x) if config.input_norm else x
+    for i in range(sum(name.startswith("layers_") for name in params)):
+        x = gelu(x) if i else x
+        x = norm(params["squeeze_norm"], x) if i == 1 and config.squeeze_width else x
+        x = linear(params[f"layers_{i}"], x)
     return x.reshape(2, 3, 8) if config.kind == "pooled_mlp" else x
 
 
@@ -55,6 +72,16 @@ def test_equal_to_torch(name):
     got = connectors.connect(params, config, x)
     assert got.shape == (2, config.tokens, 8)
     np.testing.assert_allclose(got, in_torch(params, config, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_goes_out_and_comes_back(name, tmp_path):
+    config = KINDS[name]
+    params = {"connector": connectors.init(tiny.key(), config)}
+    rules = composed.connector_rules(config)
+    safetensors.write(keys.tensors(params, rules), tmp_path)
+    back = keys.load(weights.read(tmp_path), rules, params, dtype="float32")
+    assert jax.tree.all(jax.tree.map(np.array_equal, params, {"connector": {}, **back}))
 
 
 def test_fresh_weights_are_torch_defaults():
