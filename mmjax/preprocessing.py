@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmjax.data.images import ImageProcessor
 from mmjax.data.templates import Template
+from mmjax.data.tiling import AnyRes, DynamicTiles, SmartResize, Tiling
 from mmjax.errors import UserError
 from mmjax.families.fields import Fields
 from mmjax.models.config import ModelConfig, ViTConfig
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "<image>"
+# The image processors to which one number as `size` means both sides; to the others it means the shortest edge.
+BOTH_SIDES = ("Siglip", "Blip", "Idefics", "GotOcr2")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -40,16 +43,23 @@ def read_image_processor(directory: Path, config: ModelConfig) -> ImageProcessor
                 break
     if values is None:
         return None
-    fields = Fields(values, str(path))
+    fields = Fields({"processor_class": found.get("processor_class"), **values}, str(path))
     for switch in ("do_resize", "do_rescale", "do_normalize"):
         fields.only(switch, True)
     if abs(fields.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
         raise UserError(f"{path}: rescale_factor = {values['rescale_factor']} is not supported (only 1/255)")
-    size = fields.get("size", {})
-    size = {"shortest_edge": size} if isinstance(size, int) else size
+    kind = str(values.get("image_processor_type", values.get("feature_extractor_type", "")))
+    kind = kind.removesuffix("Fast").removesuffix("Pil")
+    size = fields.get("size", fields.get("image_size", {}))
+    if isinstance(size, int):
+        size = {"height": size, "width": size} if kind.startswith(BOTH_SIDES) else {"shortest_edge": size}
+    mean, std = (tuple(fields.get(name, getattr(config, name))) for name in ("image_mean", "image_std"))
+    resample = fields.get("resample", 3)
+    tiled = _tiled(kind, size, fields)
+    if tiled is not None:
+        return ImageProcessor(tiled[0], "squash", mean, std, resample, tiling=tiled[1])
     crop = fields.get("crop_size", {})
     crop = {"height": crop, "width": crop} if isinstance(crop, int) else crop
-    kind = str(values.get("image_processor_type", values.get("feature_extractor_type", "")))
     cropped = fields.get("do_center_crop", "shortest_edge" in size and "Siglip" not in kind)
     if cropped:
         height, width = crop.get("height", size.get("shortest_edge")), crop.get("width", size.get("shortest_edge"))
@@ -62,17 +72,43 @@ def read_image_processor(directory: Path, config: ModelConfig) -> ImageProcessor
     return ImageProcessor(
         size=height if height == width else (height, width),
         aspect="pad" if cropped and fields.get("do_pad", False) else "crop" if cropped else "squash",
-        mean=tuple(fields.get("image_mean", config.image_mean)),
-        std=tuple(fields.get("image_std", config.image_std)),
-        resample=fields.get("resample", 3),
+        mean=mean,
+        std=std,
+        resample=resample,
         edge=0 if edge == min(height, width) else edge,
     )
+
+
+def _tiled(kind: str, size: dict[str, int], fields: Fields) -> tuple[int | tuple[int, int], Tiling] | None:
+    """The size of a tile and the tiling of this kind of image processor; None for one that does not cut."""
+    if kind == "LlavaNextImageProcessor":
+        side = size.get("shortest_edge", size.get("height"))
+        crop = fields.get("crop_size", side)
+        if not side or crop not in (side, {"height": side, "width": side}) or size.get("width", side) != side:
+            raise UserError(f"{fields.where}: size = {size} and crop_size = {crop} are not one square, as tiles are")
+        canvases = fields.get("image_grid_pinpoints", [])
+        if not canvases or any(pixels % side or pixels < side for canvas in canvases for pixels in canvas):
+            raise UserError(f"{fields.where}: image_grid_pinpoints = {canvases} are not in whole tiles of {side}")
+        return side, AnyRes(tuple((height // side, width // side) for height, width in canvases))
+    # InternVL's own processor cuts, whatever the file of its image processor says.
+    cuts = fields.get("crop_to_patches", False) or fields.get("processor_class") == "InternVLProcessor"
+    if kind == "GotOcr2ImageProcessor" and cuts:
+        sides = size.get("height", 384), size.get("width", 384)
+        tiling = DynamicTiles(fields.get("min_patches", 1), fields.get("max_patches", 12))
+        return sides[0] if sides[0] == sides[1] else sides, tiling
+    if kind == "Qwen2VLImageProcessor":  # its edges are numbers of pixels
+        least = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
+        most = fields.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280))
+        return fields.get("patch_size", 14), SmartResize(least, most, fields.get("merge_size", 2))
+    return None
 
 
 def write_image_processor(processor: ImageProcessor, config: ModelConfig, directory: Path, strategy: str) -> None:
     """preprocessor_config.json and processor_config.json of transformers' LLaVA; `strategy` is its
     vision_feature_select_strategy.
     """
+    if processor.tiling is not None:
+        raise UserError(f"transformers' LLaVA has no tiles; an image processor with {processor.tiling} is not exported")
     tower = config.vision
     sides = {"height": processor.height, "width": processor.width}
     cropped = processor.aspect != "squash"

@@ -19,8 +19,7 @@ import numpy as np
 
 import mmjax
 from mmjax.checkpoints import weights
-from mmjax.data import encoding, messages, templates
-from mmjax.data.images import ImageProcessor
+from mmjax.data import encoding, images, messages, templates, tiling
 from mmjax.errors import UserError
 from mmjax.families import FAMILIES, keys
 from mmjax.models import connectors, multimodal
@@ -170,28 +169,52 @@ def label_mask(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]
 
 
 def image_processor(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
-    aspects = {"clip": "crop", "siglip": "squash", "llava_original_pad": "pad"}
-    if config["pipeline"] not in aspects:
-        raise Unsupported(f"pipeline {config['pipeline']}")
-    settings = config["effective_processor_config"]
+    pipeline = config["pipeline"]
+    processor = _image_processor(pipeline, {**config, **config["effective_processor_config"]})
+    found: Arrays = {}
+    for name in (n for n in inputs if n.startswith("image_")):
+        k, size = name.removeprefix("image_"), inputs[name].shape[:2]
+        tiles = processor.normalise(processor.tiles(inputs[name]))
+        pixels = tiles.transpose(0, 3, 1, 2)
+        if pipeline == "llava_original_pad":  # LLaVA's own function returns single pictures
+            pixels = pixels[0]
+        if pipeline == "llava_next":  # a batch of pictures of several tiles
+            pixels = pixels[None]
+            found[f"image_sizes_{k}"] = np.array([images.size_of(inputs[name])])
+        if pipeline == "internvl":
+            found[f"num_patches_{k}"] = np.array([processor.count(*size)])
+        if isinstance(processor.tiling, tiling.SmartResize):
+            pixels = tiling.patch_rows(tiles, config["effective_processor_config"]["temporal_patch_size"])
+            layout = processor.tiling.layout(*size, processor.shape[:2])
+            found[f"image_grid_thw_{k}"] = np.array([[1, layout.rows, layout.columns]])
+        found[f"pixel_values_{k}"] = pixels
+    return found
+
+
+def _image_processor(pipeline: str, settings: Arrays) -> images.ImageProcessor:
     size = settings.get("crop_size", settings["size"])
-    family = _of_pipeline(config["pipeline"])
-    processor = ImageProcessor(
-        (size["height"], size["width"]),
-        aspects[config["pipeline"]],
+    tile = size.get("height", settings.get("patch_size")), size.get("width", settings.get("patch_size"))
+    cut: tiling.Tiling | None = None
+    if pipeline in ("llava_next", "llava_original_anyres"):
+        written = settings["image_grid_pinpoints"]
+        canvases = written if settings["pinpoint_order"] == "(height,width)" else [canvas[::-1] for canvas in written]
+        cut = tiling.AnyRes(tuple((height // tile[0], width // tile[1]) for height, width in canvases))
+    elif pipeline == "internvl":
+        cut = tiling.DynamicTiles(settings["min_patches"], settings["max_patches"])
+    elif pipeline == "qwen2_vl":
+        cut = tiling.SmartResize(size["shortest_edge"], size["longest_edge"], settings["merge_size"])
+    elif pipeline not in ("clip", "git", "siglip", "blip", "idefics", "llava_original_pad"):
+        raise Unsupported(f"pipeline {pipeline}")
+    family = _of_pipeline(pipeline)
+    return images.ImageProcessor(
+        tile,
+        {"clip": "crop", "git": "crop", "llava_original_pad": "pad"}.get(pipeline, "squash"),
         tuple(settings.get("image_mean", family[0])),
         tuple(settings.get("image_std", family[1])),
         settings["resample"],
-        settings["size"].get("shortest_edge", 0),
+        0 if cut else settings["size"].get("shortest_edge", 0),
+        cut,
     )
-    found = {}
-    for name in (n for n in inputs if n.startswith("image_")):
-        pixels = processor.normalise(processor.pixels(inputs[name])).transpose(2, 0, 1)
-        # The references' processors return batches, LLaVA's own function single pictures.
-        found[name.replace("image_", "pixel_values_")] = (
-            pixels if config["pipeline"] == "llava_original_pad" else pixels[None]
-        )
-    return found
 
 
 def _of_pipeline(pipeline: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from mmjax.data.tiling import Tiling, cut
 from mmjax.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -35,6 +36,29 @@ def decode(source: bytes | str | Path | np.ndarray | Image.Image, formats: tuple
     source   encoded bytes, a file's path, a uint8 array [height, width(, channels)] or an opened picture. Transparency is
              dropped, as the published processors do. Raises BrokenImage.
     """
+    image = _opened(source, formats)
+    try:
+        image.load()
+        return _upright(_eight_bit(image)).convert("RGB")
+    except Exception as error:
+        raise BrokenImage("the picture is damaged or cut short") from error
+
+
+def size_of(
+    source: bytes | str | Path | np.ndarray | Image.Image, formats: tuple[str, ...] = FORMATS
+) -> tuple[int, int]:
+    """(height, width) of what `decode` would give, without decoding where the header says it. Raises BrokenImage."""
+    image = _opened(source, formats)
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # as in _upright
+        turned = False
+    # Pillow says the size of a TIFF as it will be when turned.
+    return image.size if turned and image.format != "TIFF" else image.size[::-1]
+
+
+def _opened(source: bytes | str | Path | np.ndarray | Image.Image, formats: tuple[str, ...]) -> Image.Image:
+    """A picture of which only the header is read, and that is not too large to be decoded. Raises BrokenImage."""
     try:
         if isinstance(source, Image.Image):
             image = source
@@ -59,23 +83,21 @@ def decode(source: bytes | str | Path | np.ndarray | Image.Image, formats: tuple
         raise BrokenImage(
             f"the picture is too narrow: {width} x {height} (sides differ by more than {MAX_ASPECT} times)"
         )
-    try:
-        image.load()
-        return _upright(_eight_bit(image)).convert("RGB")
-    except Exception as error:
-        raise BrokenImage("the picture is damaged or cut short") from error
+    return image
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageProcessor:
     """How a picture becomes the encoder's pixels; equal to transformers' Pillow processors.
 
-    size      side in pixels, or (height, width)
-    aspect    "pad" (a square around it, filled with the mean colour, then as "crop": LLaVA-1.5), "crop" (shortest edge
-              resized, then the centre cut out: CLIP), "squash" (both sides resized at will: SigLIP)
+    size      side in pixels, or (height, width); with a tiling, of one tile
+    aspect    how a picture, or the overview beside its tiles, is fitted in: "pad" (a square around it, filled with the
+              mean colour, then as "crop": LLaVA-1.5), "crop" (shortest edge resized, then the centre cut out: CLIP),
+              "squash" (both sides resized at will: SigLIP, and all published overviews)
     mean, std   of pixels scaled to [0, 1], one for each channel
     resample    Pillow's filter
     edge      length of the shortest edge before cropping; 0 = the shorter of `size`
+    tiling    how a picture is cut into several tiles (see mmjax.data.tiling); None = it is one
     """
 
     size: int | tuple[int, int]
@@ -84,6 +106,7 @@ class ImageProcessor:
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
     resample: int = Image.Resampling.BICUBIC
     edge: int = 0
+    tiling: Tiling | None = None
 
     def __post_init__(self) -> None:
         if self.aspect not in ("pad", "crop", "squash"):
@@ -103,8 +126,35 @@ class ImageProcessor:
         return self.height, self.width, 3
 
     def pixels(self, image: Any) -> np.ndarray:
-        """uint8 [height, width, 3] of whatever `decode` takes. Raises BrokenImage."""
+        """uint8 [height, width, 3] of whatever `decode` takes, without a tiling. Raises BrokenImage."""
+        if self.tiling is not None:
+            raise UserError(f"a picture has several tiles under {self.tiling}, where one is expected")
+        return self._fitted(decode(image))
+
+    def count(self, height: int, width: int) -> int:
+        """Tiles of a picture of this size."""
+        return self.tiling.layout(height, width, self.shape[:2]).tiles if self.tiling else 1
+
+    def tiles(self, image: Any) -> np.ndarray:
+        """uint8 [count, height, width, 3] of whatever `decode` takes. Raises BrokenImage."""
         picture = decode(image)
+        if self.tiling is None:
+            return self._fitted(picture)[None]
+        layout = self.tiling.layout(picture.height, picture.width, self.shape[:2])
+        resized = np.asarray(picture.resize((layout.width, layout.height), self.resample))
+        tiles = cut(resized, layout, self.shape[:2])
+        if not layout.overview:
+            return tiles
+        overview = self._fitted(picture)[None]
+        return np.concatenate([overview, tiles] if layout.overview == "first" else [tiles, overview])
+
+    def normalise(self, pixels: np.ndarray) -> np.ndarray:
+        """float32 of the same shape [..., 3]: scaled to [0, 1], less the mean, over the deviation."""
+        scaled = (pixels.astype(np.float64) / 255).astype(np.float32)
+        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+
+    def _fitted(self, picture: Image.Image) -> np.ndarray:
+        """uint8 [height, width, 3]: the whole picture by `aspect`."""
         if self.aspect == "squash":
             return np.asarray(picture.resize((self.width, self.height), self.resample))
         if self.aspect == "pad":
@@ -115,11 +165,6 @@ class ImageProcessor:
         landscape = picture.width > picture.height
         picture = picture.resize((length, edge) if landscape else (edge, length), self.resample)
         return _centre(np.asarray(picture), self.height, self.width)
-
-    def normalise(self, pixels: np.ndarray) -> np.ndarray:
-        """float32 of the same shape [..., 3]: scaled to [0, 1], less the mean, over the deviation."""
-        scaled = (pixels.astype(np.float64) / 255).astype(np.float32)
-        return (scaled - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
 
 
 def _bytes(source: bytes | str | Path) -> bytes:

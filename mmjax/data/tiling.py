@@ -1,0 +1,163 @@
+"""How a picture is cut into tiles that an encoder takes one by one.
+
+A tiling makes a Layout from a picture's height and width alone, so that tiles and tokens are counted before anything is
+decoded. There are three: AnyRes (LLaVA-NeXT, https://llava-vl.github.io/blog/2024-01-30-llava-next), DynamicTiles
+(InternVL 1.5, arXiv 2404.16821) and SmartResize (Qwen2-VL, arXiv 2409.12191). Sizes are (height, width), grids are
+(rows, columns).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What is done to one picture: resized to height x width, put in the middle of a black canvas, which is cut.
+
+    rows, columns   of the tiles that the canvas consists of
+    block           tiles come row by row within blocks of block x block, and the blocks row by row; 1 = all row by row
+    overview        where the whole picture, fitted into one tile, stands among the tiles; "" = nowhere
+    """
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+    block: int = 1
+    overview: Literal["", "first", "last"] = ""
+
+    @property
+    def tiles(self) -> int:
+        return self.rows * self.columns + bool(self.overview)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyRes:
+    """The grid that shows most of the picture's pixels, with the least black around them; an overview comes first.
+
+    grids   to choose from; where two are equally good the first wins. LLaVA's own configurations give the pixels of
+            canvases as (width, height), transformers' as (height, width): the same list has another order in each, so
+            that a square picture gets another grid
+    """
+
+    grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+
+    def layout(self, height: int, width: int, tile: tuple[int, int]) -> Layout:
+        """Of a picture of this size, for tiles of (height, width) pixels."""
+
+        def goodness(grid: tuple[int, int]) -> tuple[int, int]:
+            canvas = grid[0] * tile[0], grid[1] * tile[1]
+            scale = min(canvas[1] / width, canvas[0] / height)
+            shown = min(int(width * scale) * int(height * scale), width * height)  # enlarging shows nothing more
+            return shown, shown - canvas[0] * canvas[1]
+
+        rows, columns = max(self.grids, key=goodness)
+        down, across = rows * tile[0] / height, columns * tile[1] / width
+        if across < down:
+            resized = min(math.ceil(height * across), rows * tile[0]), columns * tile[1]
+        else:
+            resized = rows * tile[0], min(math.ceil(width * down), columns * tile[1])
+        return Layout(*resized, rows, columns, overview="first")
+
+
+@dataclasses.dataclass(frozen=True)
+class DynamicTiles:
+    """The grid whose aspect is nearest to the picture's, which is stretched to it. Several tiles end with an overview.
+
+    least, most   tiles of a grid
+    """
+
+    least: int = 1
+    most: int = 12
+
+    def layout(self, height: int, width: int, tile: tuple[int, int]) -> Layout:
+        """Of a picture of this size, for tiles of (height, width) pixels."""
+        grids = [
+            (rows, columns)
+            for columns in range(1, self.most + 1)
+            for rows in range(1, self.most // columns + 1)
+            if rows * columns >= self.least
+        ]
+        best, apart = (1, 1), math.inf
+        for rows, columns in sorted(grids, key=math.prod):
+            here = abs(width / height - columns / rows)
+            # Of equally good grids the larger one, if the picture has pixels for half of it.
+            if here < apart or here == apart and height * width > 0.5 * math.prod(tile) * rows * columns:
+                best, apart = (rows, columns), here
+        rows, columns = best
+        return Layout(rows * tile[0], columns * tile[1], rows, columns, overview="last" if rows * columns > 1 else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmartResize:
+    """About the picture's own size: the tiles are the encoder's patches. No overview.
+
+    least, most   pixels of the resized picture
+    merge         both sides are multiples of this many patches; the patches of a merge x merge block, which become one
+                  token, follow one another
+    """
+
+    least: int = 56 * 56
+    most: int = 28 * 28 * 1280
+    merge: int = 2
+
+    def layout(self, height: int, width: int, tile: tuple[int, int]) -> Layout:
+        """Of a picture of this size, for patches of (height, width) pixels."""
+        unit = tile[0] * self.merge, tile[1] * self.merge
+        units = round(height / unit[0]), round(width / unit[1])
+        pixels = units[0] * unit[0] * units[1] * unit[1]
+        # Very narrow pictures may have more pixels than `most`: no side is shorter than one block.
+        if pixels > self.most:
+            shrink = math.sqrt(height * width / self.most)
+            units = max(1, math.floor(height / shrink / unit[0])), max(1, math.floor(width / shrink / unit[1]))
+        elif pixels < self.least:
+            grow = math.sqrt(self.least / (height * width))
+            units = math.ceil(height * grow / unit[0]), math.ceil(width * grow / unit[1])
+        rows, columns = units[0] * self.merge, units[1] * self.merge
+        return Layout(rows * tile[0], columns * tile[1], rows, columns, block=self.merge)
+
+
+Tiling = AnyRes | DynamicTiles | SmartResize
+
+
+def cut(pixels: np.ndarray, layout: Layout, tile: tuple[int, int]) -> np.ndarray:
+    """The tiles of a resized picture, without the overview.
+
+    uint8 [layout.height, layout.width, 3] -> uint8 [layout.rows * layout.columns, *tile, 3]
+    """
+    (height, width), block = tile, layout.block
+    missing = layout.rows * height - pixels.shape[0], layout.columns * width - pixels.shape[1]
+    if any(missing):
+        pixels = np.pad(pixels, [*((n // 2, n - n // 2) for n in missing), (0, 0)])
+    blocks = pixels.reshape(layout.rows // block, block, height, layout.columns // block, block, width, 3)
+    return blocks.transpose(0, 3, 1, 4, 2, 5, 6).reshape(-1, height, width, 3)
+
+
+def patch_rows(tiles: np.ndarray, frames: int = 1) -> np.ndarray:
+    """Patches as the rows that a patch embedding multiplies: channels, then frames, then pixels. A still picture is
+    repeated for an embedding over several frames.
+
+    [patches, height, width, 3] -> [patches, 3 * frames * height * width]
+    """
+    channels_first = tiles.transpose(0, 3, 1, 2)[:, :, None]
+    return np.repeat(channels_first, frames, axis=2).reshape(len(tiles), -1)
+
+
+def unpadded(layout: Layout, height: int, width: int, side: int) -> tuple[int, int]:
+    """(rows, columns) of the features of a grid that are left without those of the black borders, for a picture of this
+    size and side x side features of a tile (LLaVA-NeXT's `spatial_unpad`).
+
+    With the overview, and one newline for each row, a picture has side**2 + rows * (columns + 1) tokens.
+    """
+    rows, columns = layout.rows * side, layout.columns * side
+    # Rounded, so that a whole number does not fall below itself for want of a last digit.
+    if width / height > columns / rows:
+        kept = int(round(height * (columns / width), 7))
+        return rows - (rows - kept) // 2 * 2, columns
+    kept = int(round(width * (rows / height), 7))
+    return rows, columns - (columns - kept) // 2 * 2
