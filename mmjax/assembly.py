@@ -135,7 +135,7 @@ def connector_config(
     """The connector between an encoder and a language model of this width; `kind` may be LLaVA's mlpNx_gelu."""
     tower = vision.vision
     assert tower is not None
-    kind, depth = section.kind, 2
+    kind, depth = section.kind, 6 if "perceiver" in section.kind else 2
     if named := re.fullmatch(r"mlp(\d+)x_gelu", kind):
         kind, depth = "mlp", int(named[1])
     config = ConnectorConfig(
@@ -152,6 +152,9 @@ def connector_config(
         input_norm=section.input_norm,
         squeeze_width=section.squeeze_width,
         token_order=section.token_order,
+        latents=section.latents,
+        heads=section.heads,
+        head_dim=section.head_dim,
     )
     side = math.isqrt(config.positions)
     if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):

@@ -89,6 +89,9 @@ class Connector:
     input_norm: bool = False
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
+    latents: int = 64
+    heads: int = 8
+    head_dim: int = 0
     path: str = ""
 
 

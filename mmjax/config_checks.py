@@ -16,7 +16,8 @@ from mmjax.hub import REPOSITORY
 if TYPE_CHECKING:
     from mmjax.config import Connector, Model, Part, Recipe, Source, Stage
 
-CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "identity")
+PERCEIVERS = ("perceiver", "cross_self_perceiver")
+CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "identity", *PERCEIVERS)
 MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
 # Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
@@ -24,7 +25,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank"), (1, math.inf)),
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("depth", "hidden_width", "squeeze_width"), (0, math.inf)),
+    **dict.fromkeys(("depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
+    **dict.fromkeys(("latents", "heads"), (1, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
@@ -141,6 +143,8 @@ def _connector(connector: Connector) -> Iterator[str]:
         yield f"model.connector.kind is {kind!r}; it must be one of {', '.join(CONNECTORS)}, or mlpNx_gelu."
     if named and connector.depth:
         yield f"model.connector.depth is {connector.depth}, and kind={kind!r} says how deep it is; leave out one of the two."
+    if connector.input_norm and kind in PERCEIVERS:
+        yield f"model.connector.input_norm: kind={kind!r} has a norm of what it reads in each of its layers."
     if connector.squeeze_width and kind not in MLPS and not named:
         yield f"model.connector.squeeze_width is a layer of an MLP ({', '.join(MLPS)}), which kind={kind!r} has not."
 

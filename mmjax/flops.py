@@ -15,7 +15,7 @@ import math
 from typing import Literal, Sequence
 
 from mmjax import tree
-from mmjax.models import mobilenet_v2, multimodal
+from mmjax.models import mobilenet_v2, multimodal, perceiver
 from mmjax.models.config import BlockConfig, ConnectorConfig, MobileNetV2Config, ModelConfig, ViTConfig
 from mmjax.training.trainable import Selection
 
@@ -129,6 +129,11 @@ def training_flops(
         for layer in range(used["vision"]):
             passes = 3 if _site("vision/layers/", layer) >= first else 1
             per_tile["vision"] += _attention(config.vision.block) * pairs * passes
+    if config.connector is not None and config.connector.resamples and objective == "language":
+        c = config.connector
+        passes = 3 if _site("connector/layers/", 0) >= first else 1
+        # latents read the positions and, there or in a sublayer of its own, each other
+        per_tile["connector"] += _attention(perceiver.block_config(c)) * c.latents * (c.pooled + c.latents) * c.depth * passes
     return Flops(
         dict(per_tile), dict(per_token), dict(per_supervised), dict(per_pair), dict(per_source), per_source_pair, per_cross_pair
     )
@@ -195,7 +200,7 @@ def _share_of_experts(path: str, config: ModelConfig) -> float:
 def _rows(path: str, config: ModelConfig, objective: str) -> float:
     """How many positions of a tile a weight outside the LLM is applied to; 0 where it is not used."""
     if path.startswith("connector/"):
-        return _connector_rows(config.connector) if config.connector and objective == "language" else 0
+        return _connector_rows(path, config.connector) if config.connector and objective == "language" else 0
     if not path.startswith("vision/") or config.vision is None:
         return 0
     if isinstance(config.vision, MobileNetV2Config):
@@ -211,7 +216,12 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
     return vision.positions if "/attention/key" in path or "/attention/value" in path else 1
 
 
-def _connector_rows(config: ConnectorConfig) -> int:
+def _connector_rows(path: str, config: ConnectorConfig) -> int:
+    if config.resamples:
+        if path.startswith("connector/project_in/"):
+            return config.pooled
+        read = config.pooled + (config.latents if config.kind == "perceiver" else 0)
+        return read if "/cross_attention/key/" in path or "/cross_attention/value/" in path else config.latents
     return config.tokens if config.kind in ("concat", "space_to_depth") else config.pooled
 
 

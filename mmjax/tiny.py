@@ -48,6 +48,10 @@ def _model(model: Model) -> Model:
         path="",
         hidden_width=min(model.connector.hidden_width, 64),
         squeeze_width=min(model.connector.squeeze_width, 64),
+        depth=min(model.connector.depth or 2, 2) if "perceiver" in model.connector.kind else model.connector.depth,
+        latents=min(model.connector.latents, 4),
+        heads=min(model.connector.heads, 2),
+        head_dim=min(model.connector.head_dim, 16),
         pooled_tokens=min(model.connector.pooled_tokens, 4),
     )
     adapters = {

@@ -18,13 +18,11 @@ import jax
 import numpy as np
 
 import mmjax
-from mmjax.checkpoints import weights
 from mmjax.data import encoding, images, messages, templates, tiling
 from mmjax.errors import UserError
-from mmjax.families import FAMILIES, keys
-from mmjax.models import connectors, multimodal
-from mmjax.models.config import ConnectorConfig, ModelConfig
+from mmjax.families import FAMILIES
 from mmjax.preprocessing import read_tokenizer
+from tests import golden_parts
 
 TOLERANCE = 2e-4  # relative to the largest value of the reference
 NOTES = ("generated_margin",)  # about the outputs, not of them
@@ -224,47 +222,7 @@ def _of_pipeline(pipeline: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return module.MEAN, module.STD
 
 
-def vila_projector(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
-    from mmjax.families import vila
-
-    features = inputs["image_features"]
-    order: Any = "columns" if config["token_order"].startswith("transposed") else "rows"
-    shape = vila.projector(
-        config["mm_projector_type"], config["mm_hidden_size"], config["hidden_size"], features.shape[1], order
-    )
-    params = _part(directory, connector_shapes(shape), vila.projector_rules(shape))
-    return {
-        "downsampled": connectors.group(shape, features),
-        "connector_output": connectors.connect(params["connector"], shape, features),
-    }
-
-
-def anymal_linear(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
-    from mmjax.families import anymal
-
-    if config["pool_type"]:
-        raise Unsupported(f"pool_type {config['pool_type']}")
-    features = inputs["image_features"]
-    shape = anymal.projector(config["num_layers"], config["input_dim"], config["output_dim"], features.shape[1])
-    params = _part(directory, connector_shapes(shape), anymal.projector_rules(shape))
-    return {"connector_output": connectors.connect(params["connector"], shape, features)}
-
-
-def connector_shapes(config: ConnectorConfig) -> Arrays:
-    return multimodal.shapes(ModelConfig(connector=config))
-
-
-def _part(directory: Path, shapes: Arrays, rules: list[keys.Rule]) -> Arrays:
-    """A part's parameters through its own key table."""
-    return keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)
-
-
-PARTS = {
-    "label_mask": label_mask,
-    "image_processor": image_processor,
-    "vila_projector": vila_projector,
-    "anymal_linear": anymal_linear,
-}
+PARTS = {"label_mask": label_mask, "image_processor": image_processor, **golden_parts.PARTS}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

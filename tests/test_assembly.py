@@ -168,8 +168,13 @@ def test_original_layout_and_back(exported, tmp_path):
     assert all(np.array_equal(theirs[path], leaf) for path, leaf in tree.flatten(model.params).items())
 
 
-def test_what_no_published_layout_holds_has_one_of_its_own(tmp_path):
-    made = recipe(tmp_path, connector=Connector(kind="pooled_mlp", pooled_tokens=3), adapters={})
+@pytest.mark.parametrize(
+    "connector",
+    [Connector(kind="pooled_mlp", pooled_tokens=3), Connector(kind="cross_self_perceiver", depth=2, latents=3, heads=4)],
+    ids=["pooled_mlp", "perceiver"],
+)
+def test_what_no_published_layout_holds_has_one_of_its_own(connector, tmp_path):
+    made = recipe(tmp_path, connector=connector, adapters={})
     model = assemble(made, tmp_path)
     with pytest.raises(UserError, match="two-layer MLP"):
         model.save_pretrained(tmp_path / "hf", layout="hf")

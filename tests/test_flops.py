@@ -90,6 +90,20 @@ def test_a_space_to_depth_connector():
     assert counted.per_tile["connector"] == 6 * 196 * (4 * 1024 * 4096 + 4096 * 4096)
 
 
+def test_resamplers():
+    """Six layers of 64 latents over 576 positions. Flamingo's latents read themselves with the media, AnyMAL's in a sublayer."""
+    square, latents = 4096 * 4096, 64
+    for kind, squares in (
+        ("perceiver", latents * 10 + 2 * (576 + latents)),
+        ("cross_self_perceiver", latents * 10 + 2 * 576 + 4 * latents),
+    ):
+        connector = ConnectorConfig(kind, 1024, 4096, 576, depth=6, heads=32)  # type: ignore[arg-type]
+        counted = cost(dataclasses.replace(LLAVA, connector=connector), "connector/**")
+        products = 576 * 1024 * 4096 + 6 * square * squares
+        pairs = 6 * 4 * 4096 * latents * (576 + latents)
+        assert counted.per_tile["connector"] == 6 * products + 3 * pairs
+
+
 def test_the_last_block_does_not_run_where_the_connector_reads_the_one_before():
     last = dataclasses.replace(LLAVA, features=FeatureSpec((-1,)))
     share = cost(LLAVA, "connector/**").per_tile["vision"] / cost(last, "connector/**").per_tile["vision"]

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from mmjax import tree
 from mmjax.errors import UserError
 from mmjax.families import llava, parts
 from mmjax.families.family import Config
 from mmjax.families.fields import Fields
-from mmjax.families.keys import Rule, linear, norm, prefixed
-from mmjax.models import connectors
+from mmjax.families.keys import Rule, linear, norm, prefixed, rule, same, transposed
+from mmjax.models import connectors, multimodal
 from mmjax.models.config import ConnectorConfig, FeatureSpec, ModelConfig
 
 
@@ -70,6 +71,8 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
+    if config.resamples:
+        return _perceiver_rules(config)
     table = norm("connector.input_norm", "connector/input_norm") if config.input_norm else []
     if config.kind == "residual_mlp":
         halves = [f"{half}/{name}" for half in ("first", "second") for name in ("up", "down")]
@@ -83,6 +86,17 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
         table += norm("connector.squeeze_norm", "connector/squeeze_norm")
     names = [f"layers_{i}" for i in range(len(connectors.widths(config)))]
     return table + [r for name in names for r in linear(f"connector.{name}", f"connector/{name}", config.bias)]
+
+
+def _perceiver_rules(config: ConnectorConfig) -> list[Rule]:
+    """`connector.layers.N.` for a layer, and the rest under its own names."""
+    table = []
+    for path, leaf in tree.flatten(multimodal.shapes(ModelConfig(connector=config))).items():
+        *parents, last = path.replace("connector/layers/", "connector/layers/{i}/").split("/")
+        kinds = {"kernel": ("weight", transposed), "scale": ("weight", same)}
+        name, form = kinds.get(last, (last, same))
+        table.append(rule(".".join([*parents, name]), path, form=form))
+    return table
 
 
 FAMILY = dataclasses.replace(

@@ -12,7 +12,7 @@ from typing import Literal, Union
 
 from jax.sharding import Mesh
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "squared_relu"]
 
 
 NormKind = Literal["rms", "rms_plus_one", "layer"]
@@ -131,6 +131,7 @@ class DecoderConfig:
     classes            width of a Linear over the pooled state (BERT's next sentence); 0 = none
     encoder            of an encoder-decoder (T5): its blocks, whose states `block.memory_width` reads; it shares the token embeddings
     start_token        what an encoder-decoder's decoder begins with
+    cache_restarts     whether a cache is computed anew when a text grows past `rope.original_length` (Phi-3's longrope)
     new_rows           ids of the vocabulary whose rows are leaves of their own, ascending (mmjax.models.new_rows)
     beyond             how many of them, the last ones, have no row in the tables
     """
@@ -160,6 +161,7 @@ class DecoderConfig:
     classes: int = 0
     encoder: DecoderConfig | None = None
     start_token: int = 0
+    cache_restarts: bool = False
     new_rows: tuple[int, ...] = ()
     beyond: int = 0
 
@@ -334,16 +336,20 @@ class ConnectorConfig:
       space_to_depth  the square map cut into blocks of `group` x `group` positions, concatenated on channels row by row, then an MLP
                   of `depth` (VILA, arXiv 2312.07533); a map that `group` does not divide gets zeros on its right and at its bottom
       residual_mlp  MLP, layer norm, then x + MLP(x), both through `hidden_width` (moondream 1)
+      perceiver, cross_self_perceiver  `latents` learned queries read the positions in `depth` layers of `hidden_width` (Flamingo,
+                  AnyMAL; see mmjax.models.perceiver)
       identity    nothing
 
-    input_norm     a layer norm in front of the parameters of any of these (VILA, AnyMAL)
+    input_norm     a layer norm in front of the parameters (VILA, AnyMAL); a perceiver has its own
     squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
     token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
+    heads, head_dim   of a perceiver; head_dim 0 = hidden_width / heads
+    frames, media  rows of a perceiver's embeddings of a video's frames, and of a text's media; 0 = none
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
 
-    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", "identity"]
+    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", "perceiver", "cross_self_perceiver", "identity"]
     in_width: int
     out_width: int
     positions: int
@@ -357,6 +363,19 @@ class ConnectorConfig:
     input_norm: bool = False
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
+    latents: int = 64
+    heads: int = 8
+    head_dim: int = 0
+    frames: int = 0
+    media: int = 0
+
+    @property
+    def inner_width(self) -> int:
+        return self.hidden_width or self.out_width
+
+    @property
+    def resamples(self) -> bool:
+        return self.kind in ("perceiver", "cross_self_perceiver")
 
     @property
     def pooled(self) -> int:
@@ -370,6 +389,8 @@ class ConnectorConfig:
             return self.pooled_tokens
         if self.kind == "concat":
             return self.pooled // self.group
+        if self.resamples:
+            return self.latents
         if self.kind == "space_to_depth":
             return (-(-math.isqrt(self.pooled) // self.group)) ** 2
         return self.pooled

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models.config import ConnectorConfig
+from mmjax.models import perceiver
+from mmjax.models.config import ConnectorConfig, Execution
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_uniform
 
 Params = dict[str, Any]
@@ -18,8 +19,10 @@ Params = dict[str, Any]
 def init(key: jax.Array, config: ConnectorConfig) -> Params:
     """Fresh parameters as the published connectors have them: weights and biases U(-1/sqrt(in), 1/sqrt(in)).
 
-    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`.
+    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver.
     """
+    if config.resamples:
+        return perceiver.init(key, config)
     params: Params = {}
     if config.input_norm:
         params["input_norm"] = _norm_of(grouped_width(config))
@@ -43,7 +46,9 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     return params
 
 
-def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapters=()) -> jax.Array:
+def connect(
+    params: Params, config: ConnectorConfig, features: jax.Array, adapters=(), run: Execution = Execution()
+) -> jax.Array:
     """Features [..., positions, in_width], or what `pool` made of them -> [..., tokens, out_width].
 
     Raises ValueError when the features have another number of positions or width than the connector was made for.
@@ -55,6 +60,8 @@ def connect(params: Params, config: ConnectorConfig, features: jax.Array, adapte
             f"the connector was made for features of {config.positions} positions x {config.in_width} channels, "
             f"the encoder gives {features.shape[-2]} x {features.shape[-1]}"
         )
+    if config.resamples:
+        return perceiver.resample(params, config, features[..., None, None, :, :], None, adapters, run)[..., 0, :, :]
     x = group(config, features)
     if config.input_norm:
         x = apply(Norm("layer", 1e-5), params["input_norm"], x)
@@ -127,9 +134,8 @@ def widths(config: ConnectorConfig) -> list[tuple[int, int]]:
     """(in, out) of each Linear in the order in which they run."""
     outputs = config.out_width * (config.pooled_tokens if config.kind == "pooled_mlp" else 1)
     depth = {"identity": 0, "linear": 1}.get(config.kind, config.depth)
-    hidden = config.hidden_width or config.out_width
     squeezed = [config.squeeze_width] * bool(config.squeeze_width)
-    ends = [grouped_width(config)] + squeezed + [hidden] * (depth - 1) + [outputs]
+    ends = [grouped_width(config)] + squeezed + [config.inner_width] * (depth - 1) + [outputs]
     return list(zip(ends[:-1], ends[1:], strict=True)) if depth else []
 
 

@@ -69,7 +69,7 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         return None
     if config.connector is None:
         raise ValueError("this model has no connector: it cannot read images")
-    return connectors.connect(params["connector"], config.connector, features.astype(run.dtype), config.adapters)
+    return connectors.connect(params["connector"], config.connector, features.astype(run.dtype), config.adapters, run)
 
 
 def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:

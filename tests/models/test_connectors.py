@@ -27,6 +27,11 @@ KINDS = {
     "identity": ConnectorConfig("identity", 8, 8, 4),
 }
 
+PERCEIVERS = {
+    "perceiver": ConnectorConfig("perceiver", 6, 8, 4, hidden_width=10, bias=False, latents=3, heads=2, head_dim=4, frames=2),
+    "cross_self": ConnectorConfig("cross_self_perceiver", 6, 8, 4, latents=3, heads=2),
+}
+
 
 def in_torch(params, config, x):
     """The same connector written with torch's own layers."""
@@ -74,9 +79,9 @@ def test_equal_to_torch(name):
     np.testing.assert_allclose(got, in_torch(params, config, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [*KINDS, *PERCEIVERS])
 def test_every_kind_goes_out_and_comes_back(name, tmp_path):
-    config = KINDS[name]
+    config = {**KINDS, **PERCEIVERS}[name]
     params = {"connector": connectors.init(tiny.key(), config)}
     rules = composed.connector_rules(config)
     safetensors.write(keys.tensors(params, rules), tmp_path)
