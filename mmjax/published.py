@@ -90,7 +90,7 @@ def load_leaves(
     published.
     """
     rules = source.family.rules(source.config, source.foreign)
-    stored = _tensors(source.directory, source.family)
+    stored = _stored(source)
     elsewhere: Params = {}
     for part, name in source.family.external(source.foreign).items():
         own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
@@ -109,7 +109,7 @@ def load_part(
     An encoder's projection and classification heads stay behind: a connector does not read them.
     """
     rules = source.family.rules(source.config, source.foreign)
-    shapes, stored = multimodal.shapes(source.config), _tensors(source.directory, source.family)
+    shapes, stored = multimodal.shapes(source.config), _stored(source)
     keys.check(stored, rules, shapes, **_expected(source))
     heads = ("vision/projection/", "vision/head/")
     rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(heads)]
@@ -120,6 +120,15 @@ def load_part(
 
 def _tensors(directory: Path, family: Family) -> dict[str, Stored]:
     return keys.renamed(weights.read(directory), family.spellings)
+
+
+def _stored(source: Published) -> dict[str, Stored]:
+    """The tensors under the names of the key table. Of tied weights a file may hold only the copy."""
+    stored = _tensors(source.directory, source.family)
+    for copy, original in source.family.copies(source.config).items():
+        if original not in stored and copy in stored:
+            stored[original] = stored[copy]
+    return stored
 
 
 def _expected(source: Published) -> dict[str, Any]:

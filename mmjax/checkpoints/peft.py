@@ -21,6 +21,7 @@ from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
 from mmjax.families.family import Family
 from mmjax.families.keys import Rule, row, transposed
+from mmjax.models.adapters import has_port
 from mmjax.models.config import LoraConfig
 from mmjax.tree import Params
 
@@ -207,10 +208,11 @@ def write(
 
 def _linears(rules: list[Rule]) -> dict[str, str]:
     """Our path of each Linear -> its foreign module's name, `{i}` for the layer."""
+    alone = [r for r in rules if r.form is transposed and len(r.paths) == 1 and r.name.endswith(".weight")]
     return {
         r.paths[0].removesuffix("/kernel"): r.name.removesuffix(".weight")
-        for r in rules
-        if r.form is transposed and len(r.paths) == 1 and r.paths[0].endswith("/kernel") and r.name.endswith(".weight")
+        for r in alone
+        if r.paths[0].endswith("/kernel") and has_port(r.paths[0])
     }
 
 

@@ -17,12 +17,10 @@ DEFAULTS: dict[str, Any] = {"head_dim": 256, "max_position_embeddings": 8192, "t
 
 
 def _read(config: Config, where: str) -> ModelConfig:
-    # The first published files say "gelu" and mean its tanh approximation, under either name of the field.
-    name = "hidden_activation" if config.get("hidden_activation") else "hidden_act"
-    if config.get(name) == "gelu":
-        config = {**config, name: "gelu_pytorch_tanh"}
-    fields = Fields(config, where)
-    decoder = _decoder(fields, name, block={"norm": "rms_plus_one"})
+    # The first published files say "gelu" and mean its tanh approximation.
+    if config.get("hidden_act") == "gelu":
+        config = {**config, "hidden_act": "gelu_pytorch_tanh"}
+    decoder = _decoder(Fields(config, where), "hidden_act", block={"norm": "rms_plus_one"}, num_key_value_heads=16)
     return ModelConfig(llm=decoder)
 
 
@@ -32,6 +30,7 @@ def _read_second(config: Config, where: str) -> ModelConfig:
     decoder = _decoder(
         fields,
         "hidden_activation",
+        num_key_value_heads=4,
         windows=read_windows(fields, layers, config.get("sliding_window", 4096) or 0, lambda i: i % 2 == 0),
         block={
             "norm": "rms_plus_one",
@@ -47,7 +46,7 @@ def _read_second(config: Config, where: str) -> ModelConfig:
 def _decoder(fields: Fields, activation: str, **settings: Any) -> DecoderConfig:
     fields.only("use_bidirectional_attention", False)
     bias = bool(fields.get("attention_bias", False))
-    defaults = {**DEFAULTS, activation: "gelu_pytorch_tanh", "num_key_value_heads": fields.need("num_attention_heads")}
+    defaults = {**DEFAULTS, activation: "gelu_pytorch_tanh"}
     decoder = llama.read_decoder(
         fields, qkv_bias=bias, output_bias=bias, activation=activation, **{**defaults, **settings}
     )
@@ -71,8 +70,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
     assert config.llm is not None
     decoder = config.llm
     llama.require(_fits(decoder, "before") and not any(decoder.windows), "Gemma", "its norms or biases are others")
-    name = "hidden_activation" if base.get("hidden_activation") else "hidden_act"
-    written = llama.write_decoder(decoder, base, "gemma", "GemmaForCausalLM", activation=name)
+    written = llama.write_decoder(decoder, base, "gemma", "GemmaForCausalLM")
     return {**written, "attention_bias": decoder.block.qkv_bias}
 
 
@@ -102,6 +100,7 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
 )
 SECOND = dataclasses.replace(

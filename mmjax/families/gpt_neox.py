@@ -15,6 +15,8 @@ ROTATED = 0.25  # share of a head's channels, where a config says nothing
 
 
 def _rope(fields: Fields) -> Rope:
+    # The common names of these two are not this family's, and its code does not read them.
+    fields = Fields({k: v for k, v in fields.values.items() if k not in ("rope_theta", "partial_rotary_factor")}, fields.where)
     share, theta = fields.get("rotary_pct", ROTATED), fields.get("rotary_emb_base", THETA)
     return read_rope(fields, fraction=share, partial=True, theta=theta)
 
@@ -110,7 +112,7 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
-    spellings=((r"^lm_head\.", "embed_out."),),
+    spellings=((r"^lm_head\.", "embed_out."), (r"^(?=(embed_in|layers|final_layer_norm)\.)", "gpt_neox.")),
     copies=_copies,
     unused=(r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$"),
 )

@@ -197,10 +197,10 @@ def load(
     pieces = _pieces(rules, flat)
     check(stored, rules, shapes, copies=copies, unused=unused, where=where)
     places = tree.flatten(shardings) if shardings is not None else {}
-    leaves, broken = {}, dict[str, None]()
+    leaves, broken = {}, dict[str, None]() if check_finite else None
     for path in sorted(pieces, key=lambda p: (-flat[p].size, p)):
         leaves[path] = _leaf(stored, pieces[path], flat[path].shape, np.dtype(dtype), places.get(path), broken)
-    if broken and check_finite:
+    if broken:
         weights.refuse_broken([stored[name].name for name in broken], where, dtype)
     return tree.unflatten({path: leaves[path] for path in flat if path in leaves})
 
@@ -328,9 +328,14 @@ def _pieces(rules: list[Rule], flat: Mapping[str, Any]) -> dict[str, list[Piece]
 
 
 def _leaf(
-    stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, dtype: np.dtype, sharding: Any, broken: dict[str, None]
+    stored: Mapping[str, Stored],
+    pieces: list[Piece],
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: Any,
+    broken: dict[str, None] | None,
 ) -> jax.Array:
-    """A leaf on its devices; names of tensors whose numbers are not all finite are added to `broken`."""
+    """A leaf on its devices; names of tensors whose numbers are not all finite are added to `broken`, if that is given."""
     made: dict[tuple, np.ndarray] = {}  # replicas ask for the same part again
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -342,7 +347,7 @@ def _leaf(
                 piece = pieces[int(np.ravel_multi_index(at, shape[:stacked])) if stacked else 0]
                 row = out[(*to, ...)]
                 _fill(row, _read(stored, piece)[index[stacked:]])
-                if not weights.is_finite(row):
+                if broken is not None and not weights.is_finite(row):
                     broken[piece.name] = None
             made[key] = out
         return made[key]

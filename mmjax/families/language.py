@@ -28,6 +28,16 @@ IGNORED = -100
 
 
 def outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:
+    """Without `position_ids` a position is its slot, padding counted, as in transformers' forward (not in its generate)."""
+    ids = inputs.get("input_ids", np.zeros((0, 0), int))
+    slots = np.broadcast_to(np.arange(ids.shape[-1]), ids.shape)
+    return counted_outputs(params, config, foreign, {"position_ids": slots, **inputs}, run, states)
+
+
+def counted_outputs(
+    params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
+) -> dict:
+    """The same for a family that counts real positions only (OPT)."""
     found = run_language(params, text_batch(config, inputs), config=config, run=run, states=states)
     if "loss" in found and "aux_loss" in found and foreign.get("output_router_logits"):
         found["loss"] = found["loss"] + foreign.get("router_aux_loss_coef", 0.001) * found["aux_loss"]
@@ -104,7 +114,7 @@ def run_language(
         found.update(zip(names, features))
         batch = dataclasses.replace(batch, images=None, features=connected[None])
         found["connector_output"] = connectors.connect(
-            params["connector"], config.connector, connected, config.adapters
+            params["connector"], config.connector, connected, config.adapters, run
         )
     assert config.llm is not None
     reading = multimodal.read(params, config, batch, run)

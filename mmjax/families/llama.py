@@ -73,6 +73,11 @@ def read_decoder(
     )
 
 
+def kv_heads(fields: Fields, absent: int) -> int:
+    """What `num_key_value_heads` means where it is absent, and where it is null: as many as there are heads."""
+    return fields.need("num_attention_heads") if "num_key_value_heads" in fields.values else absent
+
+
 def write_decoder(
     decoder: DecoderConfig,
     base: Config,
@@ -172,6 +177,9 @@ def _write(config: ModelConfig, base: Config) -> Config:
     return {**written, "attention_bias": block.qkv_bias, "mlp_bias": block.mlp_bias}
 
 
+# The base class alone writes its tensors without `model.`.
+SPELLINGS = ((r"^(?=(embed_tokens|layers|norm|final_layernorm)\.)", "model."),)
+
 FAMILY = Family(
     model_types=("llama",),
     about="Llama 1 to 3, Vicuna, TinyLlama (arXiv 2302.13971)",
@@ -181,5 +189,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=SPELLINGS,
     copies=copies,
 )

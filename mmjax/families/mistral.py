@@ -42,5 +42,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
 )

@@ -22,8 +22,7 @@ def _read(config: Config, where: str) -> ModelConfig:
         windows=(fields.get("sliding_window", 0),),
         theta=THETA,
         block={"experts": experts},
-        # absent is 8, null is as many as heads
-        num_key_value_heads=8 if "num_key_value_heads" not in config else fields.need("num_attention_heads"),
+        num_key_value_heads=llama.kv_heads(fields, 8),
         rms_norm_eps=1e-5,
         max_position_embeddings=4096 * 32,
     )
@@ -61,6 +60,7 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
     modules=((r"\.block_sparse_moe\.", ".mlp."),),
 )

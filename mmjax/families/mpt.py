@@ -114,5 +114,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=((r"^(?=(wte|blocks|norm_f)\.)", "transformer."),),
     copies=_copies,
 )

@@ -30,7 +30,7 @@ def _read(config: Config, where: str) -> ModelConfig:
                 width=width,
                 heads=heads,
                 kv_heads=fields.get("num_key_value_heads", heads),
-                head_dim=width // heads,
+                head_dim=fields.get("head_dim", width // heads),
                 mlp_width=fields.need("intermediate_size"),
                 activation=fields.activation("hidden_act", "gelu_new"),
                 norm="layer",
@@ -69,6 +69,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "hidden_act": activation_name(block.activation, base.get("hidden_act", "gelu_new")),
         "layer_norm_eps": block.norm_eps,
         "max_position_embeddings": decoder.max_positions,
+        **({} if block.head_dim * block.heads == block.width else {"head_dim": block.head_dim}),
         "qk_layernorm": bool(block.qk_norm),
         "tie_word_embeddings": decoder.tied_head,
     }
@@ -97,5 +98,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
 )

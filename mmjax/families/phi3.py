@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from mmjax.families import language, llama
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
@@ -22,7 +24,7 @@ def _read(config: Config, where: str) -> ModelConfig:
         rms_norm_eps=1e-5,
         max_position_embeddings=LENGTH,
     )
-    return ModelConfig(llm=decoder)
+    return ModelConfig(llm=dataclasses.replace(decoder, cache_restarts=True))
 
 
 def _with_longrope(config: Config) -> Config:
@@ -72,5 +74,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
 )

@@ -16,7 +16,7 @@ def _read(config: Config, where: str) -> ModelConfig:
         qkv_bias=True,
         output_bias=False,
         windows=windows(fields),
-        num_key_value_heads=fields.need("num_attention_heads"),
+        num_key_value_heads=llama.kv_heads(fields, 32),
         max_position_embeddings=32768,
     )
     return ModelConfig(llm=decoder)
@@ -24,7 +24,8 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 def windows(fields: Fields) -> tuple[int, ...]:
     """Layers from `max_window_layers` on have a window, if windows are in use at all."""
-    window = fields.get("sliding_window", 4096) if fields.get("use_sliding_window", False) else 0
+    # An explicit null means no window, where an absent field means the default.
+    window = (fields.values.get("sliding_window", 4096) or 0) if fields.get("use_sliding_window", False) else 0
     first = fields.get("max_window_layers", 28)
     return read_windows(fields, fields.need("num_hidden_layers"), window, lambda i: bool(window) and i >= first)
 
@@ -49,5 +50,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
 )

@@ -19,6 +19,7 @@ def _read(config: Config, where: str) -> ModelConfig:
         windows=qwen2.windows(fields),
         block={"qk_norm": "rms"},
         head_dim=128,
+        num_key_value_heads=llama.kv_heads(fields, 32),
         max_position_embeddings=32768,
     )
     return ModelConfig(llm=decoder)
@@ -43,5 +44,6 @@ FAMILY = Family(
     inputs=language.INPUTS,
     outputs=language.outputs,
     prompt=language.prompt,
+    spellings=llama.SPELLINGS,
     copies=llama.copies,
 )

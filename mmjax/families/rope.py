@@ -101,9 +101,7 @@ def _yarn_attention(found: dict[str, Any], factor: float) -> float:
 
 def write_rope(rope: Rope) -> dict[str, Any]:
     """The `rope_parameters` of a config."""
-    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind}
-    if rope.fraction != 1.0:
-        written["partial_rotary_factor"] = rope.fraction
+    written: dict[str, Any] = {"rope_theta": rope.theta, "rope_type": rope.kind, "partial_rotary_factor": rope.fraction}
     if rope.kind != "default":
         written["factor"] = rope.factor
     if rope.original_length:

@@ -88,7 +88,7 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 def _feed_forward(fields: Fields) -> tuple[Any, bool]:
     """The activation of the MLP, and whether it is gated. What "gated-gelu" means is an approximation of it."""
-    project = fields.get("feed_forward_proj", "gated-gelu" if fields.get("model_type") == "mt5" else "relu")
+    project = fields.get("feed_forward_proj", "gated-gelu" if _type(fields.values) == "mt5" else "relu")
     kind, _, name = project.rpartition("-")
     if kind not in ("", "gated"):
         raise UserError(f"{fields.where}: feed_forward_proj = {project!r} is not supported (only NAME or gated-NAME)")
@@ -96,10 +96,14 @@ def _feed_forward(fields: Fields) -> tuple[Any, bool]:
     return named.activation("dense_act_fn", "relu"), bool(fields.get("is_gated_act", kind == "gated"))
 
 
+def _type(config: Config) -> str:
+    return config.get("hf_model_type") or config["model_type"]
+
+
 def _scaled(config: Config) -> bool:
     """Whether the head reads states / sqrt(width): only the first T5, which says so by tied embeddings."""
     natural = config.get("tie_word_embeddings") is not False
-    return config["model_type"] == "t5" and bool(config.get("scale_decoder_outputs", natural))
+    return _type(config) == "t5" and bool(config.get("scale_decoder_outputs", natural))
 
 
 def _complete(config: Config, stored: Mapping[str, Stored]) -> Config:
@@ -137,7 +141,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "relative_attention_num_buckets": bias.buckets,
         "relative_attention_max_distance": bias.max_distance,
         "tie_word_embeddings": ours.tied_head if ours.has_head else base.get("tie_word_embeddings", True),
-        "scale_decoder_outputs": ours.logit_scale != 1.0 if ours.has_head else _scaled({"model_type": "t5", **base}),
+        "scale_decoder_outputs": ours.logit_scale != 1.0 if ours.has_head else _scaled({**base, "model_type": base.get("model_type", "t5")}),
         "decoder_start_token_id": ours.start_token if ours.encoder else base.get("decoder_start_token_id"),
         "is_encoder_decoder": ours.encoder is not None,
     }

@@ -134,7 +134,9 @@ def _read_siglip(config: Config, where: str) -> ModelConfig:
 
 def _write_siglip(config: ModelConfig, base: Config) -> Config:
     assert config.text is not None
-    return {**write(config.text, base, "siglip_text_model"), "architectures": ["SiglipTextModel"]}
+    kind = base.get("model_type", "siglip_text_model")
+    name = "Siglip2TextModel" if kind == "siglip2_text_model" else "SiglipTextModel"
+    return {**write(config.text, base, kind), "architectures": [name]}
 
 
 _ALONE = ((r"^(?=(embeddings|encoder|final_layer_norm|head)\.)", "text_model."),)
@@ -150,8 +152,8 @@ CLIP = Family(
     spellings=_ALONE,
 )
 SIGLIP = Family(
-    model_types=("siglip_text_model",),
-    about="SigLIP's text tower (arXiv 2303.15343)",
+    model_types=("siglip_text_model", "siglip2_text_model"),
+    about="SigLIP's and SigLIP 2's text towers (arXiv 2303.15343, 2502.14786)",
     read_config=_read_siglip,
     write_config=_write_siglip,
     rules=lambda config, foreign: rules(config),

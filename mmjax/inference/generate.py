@@ -179,9 +179,9 @@ def divided(params: Params, batch: Batch) -> Batch:
 
 def _crossing(config: DecoderConfig, longest: int) -> int:
     """After how many new tokens all keys change: "longrope" turns them otherwise once an input is longer than `original_length`,
-    and as transformers does, what is in the cache is then computed anew. 0 = never."""
+    and with `cache_restarts` what is in the cache is then computed anew (transformers does it in Phi-3 alone). 0 = never."""
     rope = config.block.rope
-    if rope is None or rope.kind != "longrope" or longest > rope.original_length:
+    if rope is None or rope.kind != "longrope" or not config.cache_restarts or longest > rope.original_length:
         return 0
     return rope.original_length - longest + 1
 

@@ -21,12 +21,17 @@ def linears(params: Params, adapter: LoraConfig) -> list[str]:
     paths = [
         path.removesuffix("/kernel")
         for path, leaf in tree.flatten(params).items()
-        if path.endswith("/kernel") and len(leaf.shape) < 4  # convolutions have no adapter port
+        if path.endswith("/kernel") and len(leaf.shape) < 4 and has_port(path)  # convolutions and experts have none
     ]
     for target in adapter.targets:
         if not any(tree.matches(path, target) for path in paths):
             raise ValueError(f"adapter {adapter.name!r}: target {target!r} matches no linear layer; there are {', '.join(paths)}")
     return [path for path in paths if any(tree.matches(path, target) for target in adapter.targets)]
+
+
+def has_port(path: str) -> bool:
+    """Whether the Linear at a path reads adapters: those of blocks and connectors do, but not routers, heads or embeddings."""
+    return ("/layers/" in path or path.startswith("connector/")) and "/router" not in path
 
 
 def add_lora(key: jax.Array, params: Params, config: ModelConfig) -> Params:

@@ -31,11 +31,22 @@ def relative_bias(table: jax.Array, config: RelativeBias, distance: jax.Array, *
     The first half of the buckets (of each direction's, where there are two) counts single steps, the second half grows by equal
     factors up to `max_distance` (arXiv 1910.10683, section 2.1). Without `bidirectional` all that lies ahead is bucket 0.
     """
-    buckets = config.buckets // 2 if bidirectional else config.buckets
-    side = jnp.where(distance > 0, buckets, 0) if bidirectional else 0
     steps = jnp.abs(distance) if bidirectional else jnp.maximum(-distance, 0)
-    exact = buckets // 2
-    ratio = jnp.log(jnp.maximum(steps, 1).astype(jnp.float32) / exact) / math.log(config.max_distance / exact)
-    far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
-    bucket = side + jnp.where(steps < exact, steps, far)
+    bucket = jnp.asarray(buckets(config, bidirectional))[jnp.minimum(steps, config.max_distance)]
+    if bidirectional:
+        bucket = bucket + jnp.where(distance > 0, config.buckets // 2, 0)
     return table.astype(jnp.float32)[bucket].transpose(2, 0, 1)[None]
+
+
+def buckets(config: RelativeBias, bidirectional: bool) -> np.ndarray:
+    """int32 [max_distance + 1]: the bucket of so many steps in one direction.
+
+    Made on the host in float32, as the references round: a compiled logarithm may fall on the other side of a boundary.
+    """
+    count = config.buckets // 2 if bidirectional else config.buckets
+    exact = count // 2
+    steps = np.arange(config.max_distance + 1)
+    ratio = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(exact))
+    ratio = ratio / np.float32(math.log(config.max_distance / exact)) * np.float32(count - exact)
+    far = np.minimum(exact + ratio.astype(np.int32), count - 1)
+    return np.where(steps < exact, steps, far).astype(np.int32)

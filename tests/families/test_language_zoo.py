@@ -14,10 +14,12 @@ from mmjax import tree
 from mmjax.checkpoints import safetensors
 from mmjax.errors import UserError
 from mmjax.families import find
+from mmjax.families.fields import ACTIVATIONS
 from mmjax.models import adapters
 from mmjax.models.config import LoraConfig
 
 torch = pytest.importorskip("torch")
+safetensors_numpy = pytest.importorskip("safetensors.numpy")
 
 import transformers as hf  # noqa: E402
 
@@ -194,6 +196,54 @@ def test_the_balance_of_experts_is_transformers(tmp_path):
 def test_unsupported_fields(model_type, fields, named):
     with pytest.raises(UserError, match=named):
         find({"model_type": model_type}).read_config({"model_type": model_type, **SMALL, **fields}, "config.json")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_positions_that_are_not_given(name, tmp_path):
+    """Slots, padding counted, but in OPT; generation counts real tokens in both."""
+    theirs = published(*FAMILIES[name], tmp_path)
+    with torch.no_grad():
+        reference = theirs(torch.tensor(IDS), attention_mask=torch.tensor(MASK)).logits.numpy()
+    found = np.asarray(mmjax.load(tmp_path)({"input_ids": IDS, "attention_mask": MASK})["logits"])
+    assert np.abs(found - reference)[MASK == 1].max() < 2e-5 * np.abs(reference).max()
+
+
+def test_only_the_copy_of_a_tied_weight_is_stored(tmp_path):
+    theirs = published(hf.LlamaConfig, {**SMALL, "tie_word_embeddings": True}, tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = safetensors_numpy.load_file(file)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    safetensors_numpy.save_file(tensors, file)
+    found = np.asarray(mmjax.load(tmp_path)({"input_ids": IDS, "attention_mask": MASK})["logits"])
+    assert np.abs(found - logits(theirs))[MASK == 1].max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["gemma", "gpt_neox", "mpt"])
+def test_files_of_the_base_class(name, tmp_path):
+    kind, settings = FAMILIES[name]
+    theirs = published(kind, {**settings, "tie_word_embeddings": True}, tmp_path / "whole")
+    hf.AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "base")
+    found = np.asarray(mmjax.load(tmp_path / "base")({"input_ids": IDS, "attention_mask": MASK})["logits"])
+    assert np.abs(found - logits(theirs))[MASK == 1].max() < 1e-4
+
+
+def test_what_absent_and_null_fields_mean():
+    """As in transformers' configuration classes, whose values for these are read here."""
+    for kind, fields in (
+        (hf.Qwen2Config, {"use_sliding_window": True, "sliding_window": None}),
+        (hf.Qwen3Config, {"num_key_value_heads": None}),
+        (hf.GemmaConfig, {"hidden_act": "relu", "hidden_activation": "gelu_pytorch_tanh"}),
+        (hf.GPTNeoXConfig, {"rope_theta": 500.0, "partial_rotary_factor": 0.5, "rotary_emb_base": 700}),
+    ):
+        given = {"model_type": kind.model_type, **SMALL, **fields}
+        shapes = find(given).read_config(given, "config.json").language
+        theirs = kind(**{**SMALL, **fields})
+        if kind is not hf.GPTNeoXConfig:
+            assert shapes.block.kv_heads == theirs.num_key_value_heads
+        assert shapes.windows == (0,) and shapes.block.activation == ACTIVATIONS[theirs.hidden_act]
+        rope = theirs.rope_parameters
+        assert shapes.block.rope.theta == rope["rope_theta"]
+        assert shapes.block.rope.fraction == rope.get("partial_rotary_factor", 1.0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])

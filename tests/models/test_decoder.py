@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from mmjax import tree
-from mmjax.models import decoder, layers, multimodal
+from mmjax.models import decoder, layers, multimodal, position_bias
 from mmjax.models.attention import Mask
-from mmjax.models.config import Execution
+from mmjax.models.config import Execution, RelativeBias
 from mmjax.models.ports import Plug
 from tests.models import tiny
 
@@ -199,3 +199,13 @@ def test_a_lone_padding_row_stays_finite(model):
     batch = tiny.rows([[9], []], 9)
     assert np.isfinite(logits(params, config, batch)).all()
     assert Mask().allowed(2, 2).shape == (1, 1, 2, 2)
+
+
+@pytest.mark.parametrize(
+    "buckets, longest, both, steps, bucket",
+    [(4, 200, False, 20, 3), (6, 100, True, 10, 2), (8, 200, True, 20, 3), (32, 128, True, 64, 14), (32, 128, False, 500, 31)],
+)
+def test_buckets_of_relative_positions_at_their_boundaries(buckets, longest, both, steps, bucket):
+    """Where a logarithm is a whole number but for its rounding."""
+    found = position_bias.buckets(RelativeBias(buckets, longest), both)
+    assert found[min(steps, longest)] == bucket
