@@ -43,16 +43,17 @@ def tiny(recipe: Recipe) -> Recipe:
 
 
 def _model(model: Model) -> Model:
+    perceiver: dict[str, Any] = {}
+    if "perceiver" in model.connector.kind:
+        sizes = {"depth": 2, "latents": 4, "heads": 2, "head_dim": 16}
+        perceiver = {name: min(getattr(model.connector, name) or size, size) for name, size in sizes.items()}
     connector = dataclasses.replace(
         model.connector,
         path="",
         hidden_width=min(model.connector.hidden_width, 64),
         squeeze_width=min(model.connector.squeeze_width, 64),
-        depth=min(model.connector.depth or 2, 2) if "perceiver" in model.connector.kind else model.connector.depth,
-        latents=min(model.connector.latents, 4),
-        heads=min(model.connector.heads, 2),
-        head_dim=min(model.connector.head_dim, 16),
         pooled_tokens=min(model.connector.pooled_tokens, 4),
+        **perceiver,
     )
     adapters = {
         name: dataclasses.replace(adapter, rank=min(adapter.rank, 4), alpha=adapter.alpha * min(adapter.rank, 4) / adapter.rank)

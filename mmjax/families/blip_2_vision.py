@@ -1,4 +1,8 @@
-"""BLIP-2's vision tower (arXiv 2301.12597; EVA-CLIP's ViT-g, arXiv 2211.07636) in transformers' layout."""
+"""BLIP-2's vision tower (arXiv 2301.12597; EVA-CLIP's ViT-g, arXiv 2211.07636) in transformers' layout.
+
+A picture of another size has its positions interpolated, as transformers does it where asked to; unasked it gives a smaller one the
+first rows of the table, which is never wanted and not done here.
+"""
 
 from __future__ import annotations
 

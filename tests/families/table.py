@@ -24,7 +24,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
     ),
     "test_t5": ("logits, loss, 64 greedy tokens, beams, files both ways", {"t5", "mt5"}),
     "test_bert": ("states, logits, loss, files both ways", {"bert"}),
-    "test_parts": ("embeddings, files both ways", {"clip_text_model", "siglip_text_model"}),
+    "test_parts": ("embeddings, files both ways", {"clip_text_model", "siglip_text_model", "siglip2_text_model"}),
     "test_mobilenet_v2": ("features and classes, files both ways", {"mobilenet_v2"}),
     "test_llava": ("logits, loss, greedy tokens, files both ways", {"llava"}),
     "test_golden": (

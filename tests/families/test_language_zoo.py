@@ -89,6 +89,7 @@ OPTIONS = {
 }
 IDS = np.random.default_rng(0).integers(3, 64, (4, 12))
 MASK = np.array([[0] * 4 + [1] * 8, [1] * 12, [0] * 9 + [1] * 3, [0] + [1] * 11])
+GIVEN = {"input_ids": IDS, "attention_mask": MASK, "position_ids": np.maximum(np.cumsum(MASK, 1) - 1, 0)}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -122,7 +123,7 @@ def test_equals_transformers(name, tmp_path):
     theirs = published(kind, settings, tmp_path / "theirs")
     ours = mmjax.load(tmp_path / "theirs")
     reference = logits(theirs)
-    found = np.asarray(ours({"input_ids": IDS, "attention_mask": MASK})["logits"])
+    found = np.asarray(ours(GIVEN)["logits"])
     assert np.abs(found - reference)[MASK == 1].max() < 2e-5 * np.abs(reference).max()
 
     ours.save_pretrained(tmp_path / "ours")
@@ -157,7 +158,7 @@ def test_a_merged_adapter_is_in_the_files(name, tmp_path):
         for path, leaf in tree.flatten(params).items()
     }
     model = dataclasses.replace(model, config=config, params=tree.unflatten(leaves))
-    found = np.asarray(model({"input_ids": IDS, "attention_mask": MASK})["logits"])
+    found = np.asarray(model(GIVEN)["logits"])
     model.save_pretrained(tmp_path / "ours")
     reference = logits(hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager").eval())
     assert np.abs(found - reference)[MASK == 1].max() < 2e-5 * np.abs(reference).max()

@@ -129,6 +129,7 @@ TEXTS = {
         hf.CLIPTextConfig(**TEXT, eos_token_id=49, projection_dim=20)
     ),
     "siglip": lambda: hf.SiglipTextModel(hf.SiglipTextConfig(**TEXT)),
+    "siglip 2": lambda: hf.Siglip2TextModel(hf.Siglip2TextConfig(**TEXT)),
 }
 
 
