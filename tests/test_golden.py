@@ -1,10 +1,17 @@
 """The goldens that the package answers for, through the runner that everybody uses."""
 
+import json
+
 import numpy as np
 import pytest
 
 from tests import golden
 
+GATED = (
+    "mini_sqrelu_last_image_text_before_image",
+    "open_flamingo_gelu_last_image",
+    "open_flamingo_all_previous_images",
+)
 DIRECTORIES = [
     "llava/clip_mlp_two_rows",
     "llava_llama/mlp2x_gelu_right_padded",
@@ -19,6 +26,8 @@ DIRECTORIES = [
     "flamingo_perceiver/mini_sqrelu_video_frames",
     "flamingo_perceiver/open_flamingo_gelu_two_images",
     "otter_perceiver/two_images_frames",
+    *(f"flamingo_gated_xattn/{name}" for name in GATED),
+    "otter_gated_xattn/last_image_text_before_image",
     *(f"anymal_linear/{name}" for name in ("linear1", "mlp2")),
     *(f"vision_zoo/{name}" for name in ("clip_vision", "siglip")),
     *(f"llm_zoo/{name}" for name in ("llama", "llama_llama3_rope", "mistral")),
@@ -29,6 +38,19 @@ DIRECTORIES = [
 def test_golden(goldens, name):
     result = golden.run(goldens / name)
     assert result.status == "PASS" and result.compared == result.present, result
+
+
+def test_rows_before_the_first_image_read_nothing(goldens):
+    """There open_flamingo's mask of all previous images reads all images alike. The other rows agree."""
+    directory = goldens / "flamingo_gated_xattn" / "open_flamingo_all_previous_images_leading_text_quirk"
+    result = golden.run(directory)
+    assert result.status == "FAIL" and "differs: attn_output_before_gate, output (recorded as a quirk" in result.why
+    inputs, reference = (dict(np.load(directory / f"{name}.npz")) for name in ("inputs", "outputs"))
+    config = json.loads((directory / "config.json").read_text())
+    found = golden.PARTS["flamingo_gated_xattn"](directory, config, inputs, set(reference))
+    before = np.cumsum(inputs["media_locations"], 1) == 0
+    assert before.any() and not np.asarray(found["attn_output_before_gate"])[before].any()
+    np.testing.assert_allclose(found["output"][~before], reference["output"][~before], rtol=1e-4, atol=1e-5)
 
 
 def test_quirks_of_the_reference_are_not_targets(goldens):

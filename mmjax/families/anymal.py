@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mmjax.families import sequential
 from mmjax.families.keys import Rule, linear, norm, rule, transposed
 from mmjax.models.config import ConnectorConfig
@@ -9,8 +11,8 @@ from mmjax.models.config import ConnectorConfig
 
 def projector(layers: int, in_width: int, out_width: int, positions: int) -> ConnectorConfig:
     """A layer norm, then one Linear or an MLP of two, over every position."""
-    kind = "linear" if layers == 1 else "mlp"
-    return ConnectorConfig(kind, in_width, out_width, positions, depth=layers, input_norm=True)  # type: ignore[arg-type]
+    kind: Literal["linear", "mlp"] = "linear" if layers == 1 else "mlp"
+    return ConnectorConfig(kind, in_width, out_width, positions, depth=layers, input_norm=True)
 
 
 def projector_rules(config: ConnectorConfig) -> list[Rule]:
@@ -18,7 +20,7 @@ def projector_rules(config: ConnectorConfig) -> list[Rule]:
 
 
 def resampler_rules(config: ConnectorConfig) -> list[Rule]:
-    """Of a cross_self_perceiver at the language model's width. Queries, keys and values are torch's: one tensor of all three."""
+    """Of a cross_self_perceiver at the language model's width. Queries, keys and values are one tensor, as in torch."""
     layer = "connector/layers"
     return [
         rule("latents", "connector/latents"),

@@ -1,15 +1,16 @@
-"""The parts of Flamingo's open implementations (arXiv 2204.14198): their resampler, in the layouts that there are.
+"""Resampler and gated cross-attention of Flamingo's open implementations (arXiv 2204.14198), in their layouts.
 
 open_flamingo   layers.N.0 (attention), layers.N.1 (MLP); keys and values in one tensor
 otter           layers.N, layers.N.feed_forward
-flamingo_mini   as open_flamingo, with keys and values apart in the resampler, and time_pos_emb for the frames
+flamingo_mini   as open_flamingo, with keys and values apart in the resampler, time_pos_emb for the frames, and
+                alpha_* for gates
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-from mmjax.families.keys import Form, Rule, norm, rule, transposed
+from mmjax.families.keys import Form, Rule, leading, norm, rule, transposed
 from mmjax.models.config import ConnectorConfig
 
 Layout = Literal["open_flamingo", "otter", "flamingo_mini"]
@@ -37,6 +38,19 @@ def resampler_rules(config: ConnectorConfig, layout: Layout) -> list[Rule]:
     if config.media:
         table.append(rule("media_time_embs", "connector/media_embeddings", form=spaced))
     return table
+
+
+def gated_cross_attention_rules(layout: Layout, name: str = "", path: str = "") -> list[Rule]:
+    """Of one block, below the foreign prefix `name` and our prefix `path`; a name with {i} is of stacked blocks."""
+    mlp = {"open_flamingo": "ff", "otter": "feed_forward", "flamingo_mini": "ffw"}[layout]
+    gates = ("alpha_attn", "alpha_ffw") if layout == "flamingo_mini" else ("attn_gate", "ff_gate")
+    return [
+        *norm(f"{name}attn.norm", f"{path}cross_attention_norm"),
+        *_attention(f"{name}attn", f"{path}cross_attention"),
+        *_mlp(f"{name}{mlp}", path.removesuffix("/")),
+        rule(name + gates[0], f"{path}cross_attention_gate", form=leading(1)),
+        rule(name + gates[1], f"{path}mlp_gate", form=leading(1)),
+    ]
 
 
 def _attention(name: str, path: str, apart: bool = False) -> list[Rule]:

@@ -1,4 +1,4 @@
-"""A connector whose Linears stand in one of torch's Sequentials, as in LLaVA, VILA and AnyMAL-like code: NAME.0, NAME.1, ..."""
+"""A connector whose Linears stand in a torch Sequential, as in LLaVA, VILA and AnyMAL-like code: NAME.0, NAME.1, ..."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from mmjax.models.config import ConnectorConfig
 
 
 def rules(name: str, config: ConnectorConfig, place: int = 0) -> list[Rule]:
-    """The rules of a connector's norms and Linears. `place`: where the first of them stands; activations take a place as well."""
+    """The rules of a connector's norms and Linears, the first of them at `place`. Activations take a place as well."""
     table = []
     if config.input_norm:
         table += norm(f"{name}.{place}", "connector/input_norm")

@@ -16,8 +16,8 @@ def projector(
 ) -> ConnectorConfig:
     """The connector that `mm_projector_type` names.
 
-    token_order   of mlp_downsample, a name that stands for two functions: the code of VILA-1.5 hands out its tokens column by
-                  column, that since December 2024 row by row. The *_fix names are always row by row.
+    token_order   of mlp_downsample, a name that stands for two functions: the code of VILA-1.5 hands out its tokens
+                  column by column, that since December 2024 row by row. The *_fix names are always row by row.
     """
     shape: dict[str, Any] = {"in_width": in_width, "out_width": out_width, "positions": positions}
     if name == "linear":

@@ -334,10 +334,10 @@ class ConnectorConfig:
       pooled_mlp  mean over positions, then an MLP whose last Linear makes `tokens` LLM tokens at once (doubutsu's first)
       concat      `group` neighbouring positions concatenated on channels, then an MLP of `depth` (MiniGPT-4, doubutsu's second)
       space_to_depth  the square map cut into blocks of `group` x `group` positions, concatenated on channels row by row, then an MLP
-                  of `depth` (VILA, arXiv 2312.07533); a map that `group` does not divide gets zeros on its right and at its bottom
+                  of `depth` (VILA, arXiv 2312.07533); a map that `group` does not divide gets zeros at right and bottom
       residual_mlp  MLP, layer norm, then x + MLP(x), both through `hidden_width` (moondream 1)
-      perceiver, cross_self_perceiver  `latents` learned queries read the positions in `depth` layers of `hidden_width` (Flamingo,
-                  AnyMAL; see mmjax.models.perceiver)
+      perceiver, cross_self_perceiver  `latents` learned queries read the positions in `depth` layers of `hidden_width`
+                  (Flamingo, AnyMAL; see mmjax.models.perceiver)
       identity    nothing
 
     input_norm     a layer norm in front of the parameters (VILA, AnyMAL); a perceiver has its own
@@ -394,6 +394,20 @@ class ConnectorConfig:
         if self.kind == "space_to_depth":
             return (-(-math.isqrt(self.pooled) // self.group)) ** 2
         return self.pooled
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedCrossAttentionConfig:
+    """Gated cross-attention between a language model's blocks (arXiv 2204.14198); see mmjax.models.gated_cross_attention.
+
+    block             its shapes; `memory_width` is that of the media tokens. No output bias: what sees nothing gets nothing
+    last_media_only   a text position sees the latest medium begun, not all of them
+    vector_gates      a gate for each channel instead of one for all (IDEFICS)
+    """
+
+    block: BlockConfig
+    last_media_only: bool = True
+    vector_gates: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

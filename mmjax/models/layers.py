@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax import tree
 from mmjax.models.config import Activation, LoraConfig, NormKind
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -27,6 +28,16 @@ def fan_in_uniform(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) ->
     """U(-1/sqrt(in), 1/sqrt(in)): what torch gives a Linear's weight, and what the published connectors start from."""
     bound = shape[0] ** -0.5
     return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def as_torch_starts(key: jax.Array, params: tree.Params) -> tree.Params:
+    """The parameters with every kernel [..., in, out] drawn anew from U(-1/sqrt(in), 1/sqrt(in))."""
+    flat = tree.flatten(params)
+    for i, path in enumerate(path for path in flat if path.endswith("/kernel")):
+        shape = flat[path].shape
+        bound = shape[-2] ** -0.5
+        flat[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
+    return tree.unflatten(flat)
 
 
 @jax.checkpoint

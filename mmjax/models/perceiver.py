@@ -6,7 +6,7 @@ Every layer is a cross-attention of the latents to the media and an MLP, each be
     cross_self_perceiver  latents read the media, then attend to each other in a sublayer of its own (AnyMAL-like code,
                           after arXiv 2309.16058)
 
-They run at the connector's `hidden_width`, which a Linear in front and one behind join to the others where those are different.
+They run at the connector's `hidden_width`; where the widths before and behind are others, a Linear joins them to it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mmjax import tree
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, CrossAttention, Surroundings, memory_keys_values
 from mmjax.models.config import BlockConfig, ConnectorConfig, Execution, LoraConfig
-from mmjax.models.layers import MLP, Linear, Norm, apply
+from mmjax.models.layers import MLP, Linear, Norm, apply, as_torch_starts
 from mmjax.models.stack import init_stack, run_stack
 
 Params = dict[str, Any]
@@ -29,8 +28,8 @@ NORM = Norm("layer", 1e-5)
 
 
 def init(key: jax.Array, config: ConnectorConfig) -> Params:
-    """Fresh parameters: weights U(-1/sqrt(in), 1/sqrt(in)), biases 0, embeddings and latents N(0, 1) as in Flamingo's open
-    implementations (a cross_self_perceiver's latents 0.02 of that)."""
+    """Fresh parameters: weights U(-1/sqrt(in), 1/sqrt(in)), biases 0, embeddings and latents N(0, 1) as in Flamingo's
+    open implementations (a cross_self_perceiver's latents 0.02 of that)."""
     width, block = config.inner_width, block_config(config)
     keys = jax.random.split(key, 5)
     x = jnp.zeros((1, 1, width))
@@ -65,7 +64,7 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
         params["project_in"] = linear(config.in_width, width)
     if config.out_width != width:
         params["project_out"] = linear(width, config.out_width)
-    return _as_torch_starts(keys[4], params)
+    return as_torch_starts(keys[4], params)
 
 
 def resample(
@@ -76,10 +75,11 @@ def resample(
     adapters: tuple[LoraConfig, ...] = (),
     run: Execution = Execution(),
 ) -> jax.Array:
-    """Features [..., media, frames, positions, in_width] of pictures (one frame) or videos -> [..., media, latents, out_width].
+    """Features [..., media, frames, positions, in_width] of pictures (one frame) or videos ->
+    [..., media, latents, out_width].
 
-    Each medium is read on its own; all positions of its frames are read at once. Frames get their embeddings by their place, and so
-    do media where config.media says so (they are told apart by nothing else).
+    Each medium is read on its own; all positions of its frames are read at once. Frames get their embeddings by their
+    place, and so do media where config.media says so (they are told apart by nothing else).
     seen   int or bool [..., media, frames], 0 = padding, which no latent reads; all are read where it is not given
     Raises ValueError for more frames or media than there are embeddings.
     """
@@ -169,12 +169,3 @@ def _first(name: str, count: int, table: jax.Array) -> jax.Array:
     if count > table.shape[0]:
         raise ValueError(f"the perceiver has embeddings of {table.shape[0]} {name}, not of {count}")
     return table[:count]
-
-
-def _as_torch_starts(key: jax.Array, params: Params) -> Params:
-    flat = tree.flatten(params)
-    for i, path in enumerate(path for path in flat if path.endswith("/kernel")):
-        shape = flat[path].shape
-        bound = shape[-2] ** -0.5
-        flat[path] = jax.random.uniform(jax.random.fold_in(key, i), shape, minval=-bound, maxval=bound)
-    return tree.unflatten(flat)

@@ -61,6 +61,6 @@ def test_gradients_reach_every_leaf(kind):
     for path, leaf in tree.flatten(gradients).items():
         assert np.isfinite(leaf).all(), path
         # softmax does not see what is added to all keys alike
-        assert np.abs(leaf).max() > (0 if not path.endswith("key/bias") else -1), path
+        assert path.endswith("key/bias") or np.abs(leaf).max() > 0, path
     again = jax.jit(jax.grad(loss), static_argnums=1)(params, Execution(remat="full"))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), gradients, again)
