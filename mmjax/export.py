@@ -17,7 +17,7 @@ from mmjax.checkpoints import peft, safetensors
 from mmjax.errors import UserError
 from mmjax.families import composed, keys, llava, llava_llama
 from mmjax.families.family import Config, Family
-from mmjax.inference.sampling import from_file
+from mmjax.inference.sampling import asked
 from mmjax.model import Model
 from mmjax.models import new_rows, vit
 from mmjax.models.config import ModelConfig, ViTConfig
@@ -247,6 +247,7 @@ def _write_rest(model: Model, foreign: Config, path: Path) -> None:
         if model.tokenizer is not None:
             own = {name: getattr(model.tokenizer, name, None) for name in ids}
             ids = {name: own[name] if value is None else value for name, value in ids.items()}
-        asked = from_file(model.generation or text)  # what an old config.json asks for is lost once there is this file
-        kept = {**asked, **model.generation, **{name: value for name, value in ids.items() if value is not None}}
+        # Once there is this file nobody asks the config.json, where old ones have such settings.
+        old = {} if model.generation else asked({**text, **foreign})
+        kept = {**old, **model.generation, **{name: value for name, value in ids.items() if value is not None}}
         (path / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")

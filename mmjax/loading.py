@@ -33,10 +33,8 @@ def load(
     shardings: Params | None = None,
     check_finite: bool = True,
 ) -> Model:
-    """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an
-    mmjax
-    workdir; or a repository, OWNER/NAME or OWNER/NAME@REVISION, that is in the local Hugging Face cache. What it is, its
-    config.json says.
+    """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an mmjax workdir;
+    or a repository, OWNER/NAME or OWNER/NAME@REVISION, that is in the local Hugging Face cache. What it is, its config.json says.
 
     dtype         of weights and activations
     template      a chat template's name; "" = the tokenizer's own, else LLaVA-1.5's where it fits

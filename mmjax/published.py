@@ -155,8 +155,7 @@ def _load(
 
 
 def fingerprint(directory: Path) -> str:
-    """A hash that changes with any weight file's name, size, header or sampled bytes, with config.json, and with a
-    run's
+    """A hash that changes with any weight file's name, size, header or sampled bytes, with config.json, and with a run's
     checkpoints.
 
     Reads a few hundred KB of each file, not all of it.

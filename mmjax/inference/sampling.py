@@ -97,14 +97,20 @@ _UNKNOWN: dict[str, tuple[Any, ...]] = {
 def from_file(generation: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that a generation_config.json (or an old config.json) asks for. Raises UserError for one that would change the
     answers and is not supported."""
-    for name, neutral in _UNKNOWN.items():
-        if generation.get(name) is not None and generation[name] not in neutral:
-            raise UserError(f"generation_config.json: {name} = {generation[name]!r} is not supported; leave it out")
-    found = {name: generation[name] for name in _HEARD if generation.get(name) is not None}
+    found = asked(generation)
+    for name in found:
+        if name in _UNKNOWN:
+            raise UserError(f"generation_config.json: {name} = {found[name]!r} is not supported; leave it out")
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         if not isinstance(found.get(name, 0), int):
             raise UserError(f"generation_config.json: {name} = {found[name]!r} is not supported (only one id)")
     return found
+
+
+def asked(generation: Mapping[str, Any]) -> dict[str, Any]:
+    """What of such a file changes greedy answers or beams, supported here or not."""
+    found = {name: generation[name] for name in (*_HEARD, *_UNKNOWN) if generation.get(name) is not None}
+    return {name: value for name, value in found.items() if value not in _UNKNOWN.get(name, ())}
 
 
 def penalised(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -152,3 +153,17 @@ def test_what_the_generation_config_says_is_heard(llama):
             mmjax.load(directory).generate(padded)
     finally:
         file.write_text(kept)
+
+
+def test_what_an_old_config_says_outlives_an_export(llama, tmp_path):
+    """Such a file has no generation_config.json beside it; supported or not, its settings are in the one that is written."""
+    _, _, directory = llama
+    shutil.copytree(directory, tmp_path / "old")
+    (tmp_path / "old" / "generation_config.json").unlink()
+    file = tmp_path / "old" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": 1.6, "no_repeat_ngram_size": 2, "num_beams": 1}))
+    mmjax.load(tmp_path / "old").save_pretrained(tmp_path / "new")
+    written = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+    assert written["repetition_penalty"] == 1.6 and written["no_repeat_ngram_size"] == 2 and written["num_beams"] == 1
+    with pytest.raises(UserError, match="no_repeat_ngram_size = 2 is not supported"):
+        mmjax.load(tmp_path / "new").generate({"input_ids": IDS})
