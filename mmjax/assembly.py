@@ -23,7 +23,8 @@ from mmjax.loading import load, load_connector
 from mmjax.model import Model
 from mmjax.models import adapters as lora
 from mmjax.models import multimodal, new_rows
-from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, LoraConfig, ModelConfig
+from mmjax.models.config import Execution, LoraConfig, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published

@@ -76,7 +76,7 @@ class Part:
 
 @dataclasses.dataclass
 class Connector:
-    """See mmjax.models.config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `depth` 0 = the kind's own.
+    """See mmjax.models.encoder_config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `depth` 0 = the kind's own.
     `path` reads published connector weights (a projector-only file or directory); "" = fresh."""
 
     kind: str = "mlp2x_gelu"

@@ -20,7 +20,8 @@ from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
 from mmjax.models import new_rows, vit
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
 
 LAYOUTS = {"hf": llava.FAMILY, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}

@@ -16,7 +16,9 @@ from typing import Literal, Sequence
 
 from mmjax import tree
 from mmjax.models import mobilenet_v2, multimodal, perceiver
-from mmjax.models.config import BlockConfig, ConnectorConfig, MobileNetV2Config, ModelConfig, ViTConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, MobileNetV2Config, ViTConfig
 from mmjax.training.trainable import Selection
 
 CONVENTION = "2 per multiply-add; trained weights 6N, frozen 4N (2N with nothing trained in front); causal attention half; no remat"

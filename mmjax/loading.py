@@ -14,7 +14,8 @@ from mmjax.errors import UserError
 from mmjax.families import keys, llava_llama
 from mmjax.model import Model
 from mmjax.models import multimodal
-from mmjax.models.config import ConnectorConfig, Execution, ModelConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published, read_json

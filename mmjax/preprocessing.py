@@ -11,7 +11,8 @@ from mmjax.data.templates import Template
 from mmjax.data.tiling import AnyRes, DynamicTiles, SmartResize, Tiling
 from mmjax.errors import UserError
 from mmjax.families.fields import Fields
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,8 @@ from mmjax.families import find, keys
 from mmjax.families.family import Config, Family
 from mmjax.families.keys import Rule
 from mmjax.models import multimodal
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 from mmjax.preprocessing import read_image_processor
 from mmjax.tree import Params
 

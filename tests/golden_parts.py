@@ -11,7 +11,9 @@ from mmjax.checkpoints import weights
 from mmjax.errors import UserError
 from mmjax.families import anymal, flamingo, keys, vila
 from mmjax.models import connectors, gated_cross_attention, multimodal, perceiver
-from mmjax.models.config import BlockConfig, ConnectorConfig, GatedCrossAttentionConfig, ModelConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
 
 Arrays = dict[str, Any]
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "sqrelu": "squared_relu"}

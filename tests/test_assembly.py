@@ -18,7 +18,7 @@ from mmjax.config import Connector, Lora, Model, Part, Recipe, Source, Stage, To
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
 from mmjax.models import multimodal
-from mmjax.models.config import ConnectorConfig
+from mmjax.models.encoder_config import ConnectorConfig
 
 LLAMA = {
     "model_type": "llama",

@@ -8,18 +8,9 @@ import pytest
 
 from mmjax import flops
 from mmjax.models import multimodal
-from mmjax.models.config import (
-    BlockConfig,
-    ConnectorConfig,
-    DecoderConfig,
-    FeatureSpec,
-    LoraConfig,
-    MobileNetV2Config,
-    ModelConfig,
-    RelativeBias,
-    Rope,
-    ViTConfig,
-)
+from mmjax.models.block_config import BlockConfig, Rope
+from mmjax.models.config import DecoderConfig, LoraConfig, ModelConfig, RelativeBias
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, MobileNetV2Config, ViTConfig
 from mmjax.training.trainable import select
 
 VICUNA = DecoderConfig(

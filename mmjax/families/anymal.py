@@ -6,7 +6,7 @@ from typing import Literal
 
 from mmjax.families import sequential
 from mmjax.families.keys import Rule, linear, norm, rule, transposed
-from mmjax.models.config import ConnectorConfig
+from mmjax.models.encoder_config import ConnectorConfig
 
 
 def projector(layers: int, in_width: int, out_width: int, positions: int) -> ConnectorConfig:

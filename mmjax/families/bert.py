@@ -22,7 +22,8 @@ from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule
 from mmjax.models import decoder, multimodal
-from mmjax.models.config import BlockConfig, DecoderConfig, Execution, ModelConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.tree import Params
 
 # Which classes of transformers are known: whether they pool, predict tokens, and tell whether one sentence follows the other.

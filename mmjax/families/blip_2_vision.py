@@ -14,7 +14,8 @@ from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, leading, linear, norm, patches, rule, transposed
 from mmjax.families.towers import architecture, norm_rules, read_block, tower, write_tower
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 
 def read_tower(fields: Fields) -> ViTConfig:

@@ -15,7 +15,8 @@ from mmjax.families.family import Config
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, prefixed, rule, same, transposed
 from mmjax.models import connectors, multimodal
-from mmjax.models.config import ConnectorConfig, FeatureSpec, ModelConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec
 
 
 def _read(config: Config, where: str) -> ModelConfig:

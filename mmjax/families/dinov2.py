@@ -28,7 +28,9 @@ from mmjax.families.towers import (
     write_classes,
     write_tower,
 )
-from mmjax.models.config import BlockConfig, ModelConfig, ViTConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 PLAIN, WITH_REGISTERS = "dinov2", "dinov2_with_registers"
 CLASSES = {PLAIN: "Dinov2", WITH_REGISTERS: "Dinov2WithRegisters"}

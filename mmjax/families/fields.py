@@ -56,7 +56,7 @@ class Fields:
         return int(value)
 
     def activation(self, name: str, default: str) -> Any:
-        """One of mmjax.models.config.Activation."""
+        """One of mmjax.models.block_config.Activation."""
         value = self.get(name, default)
         if value not in ACTIVATIONS:
             raise UserError(f"{self.where}: {name} = {value!r} is not supported (only {', '.join(ACTIVATIONS)})")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mmjax.families.keys import Form, Rule, leading, norm, rule, transposed
-from mmjax.models.config import ConnectorConfig
+from mmjax.models.encoder_config import ConnectorConfig
 
 Layout = Literal["open_flamingo", "otter", "flamingo_mini"]
 

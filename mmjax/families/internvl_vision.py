@@ -18,7 +18,9 @@ from mmjax.families.towers import (
     tower,
     write_tower,
 )
-from mmjax.models.config import BlockConfig, ModelConfig, ViTConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 
 def read_tower(fields: Fields) -> ViTConfig:

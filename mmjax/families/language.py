@@ -19,7 +19,8 @@ from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.families.family import Config, Inputs
 from mmjax.models import connectors, decoder, multimodal, vit
-from mmjax.models.config import Execution, ModelConfig, ViTConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 from mmjax.models.experts import balance_loss
 from mmjax.tree import Params
 

@@ -12,7 +12,8 @@ from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule
 from mmjax.families.rope import THETA, read_rope, rope_fields
-from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, ModelConfig
 
 
 def read_decoder(

@@ -17,7 +17,8 @@ from mmjax.families import language, parts, vision
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, prefixed
-from mmjax.models.config import ConnectorConfig, DecoderConfig, Execution, FeatureSpec, ModelConfig, ViTConfig
+from mmjax.models.config import DecoderConfig, Execution, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, ViTConfig
 from mmjax.tree import Params
 
 PLACEHOLDER = 32000

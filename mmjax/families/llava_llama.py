@@ -19,7 +19,8 @@ from mmjax.families import language, llava, parts, sequential, vision
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, prefixed
-from mmjax.models.config import ConnectorConfig, Execution, FeatureSpec, ModelConfig, ViTConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, ViTConfig
 from mmjax.tree import Params
 
 IMAGE = -200

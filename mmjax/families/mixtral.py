@@ -6,7 +6,8 @@ from mmjax.families import language, llama
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, rule, transposed
-from mmjax.models.config import Experts, ModelConfig
+from mmjax.models.block_config import Experts
+from mmjax.models.config import ModelConfig
 
 THETA = 1e6
 

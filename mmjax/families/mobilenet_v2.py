@@ -17,7 +17,8 @@ from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, convolution, counter, linear, rule
 from mmjax.models import mobilenet_v2
-from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import MobileNetV2Config
 from mmjax.tree import Params
 
 CLASSIFIER = "MobileNetV2ForImageClassification"

@@ -11,7 +11,8 @@ from mmjax.families import language, llama
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, rule, transposed
-from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, ModelConfig
 
 WIDER = 4  # how much wider the MLP is than the rest
 ALIBI = 8.0  # largest exponent of the slopes

@@ -8,7 +8,8 @@ from mmjax.families import language, llama
 from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule
-from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, ModelConfig
 
 OFFSET = 2  # rows of the position table that no position uses
 EPS = 1e-5  # torch's own; the config has no field for it

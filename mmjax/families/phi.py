@@ -9,7 +9,8 @@ from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule
 from mmjax.families.rope import read_rope, rope_fields
-from mmjax.models.config import BlockConfig, DecoderConfig, ModelConfig, Rope
+from mmjax.models.block_config import BlockConfig, Rope
+from mmjax.models.config import DecoderConfig, ModelConfig
 
 ROTATED = 0.5  # share of a head's channels, where a config says nothing
 

@@ -10,7 +10,7 @@ from typing import Any, Callable
 from mmjax.errors import UserError
 from mmjax.families.family import Config
 from mmjax.families.fields import Fields
-from mmjax.models.config import Rope
+from mmjax.models.block_config import Rope
 
 THETA = 10000.0  # where a config says nothing
 

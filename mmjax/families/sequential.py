@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mmjax.families.keys import Rule, linear, norm
 from mmjax.models import connectors
-from mmjax.models.config import ConnectorConfig
+from mmjax.models.encoder_config import ConnectorConfig
 
 
 def rules(name: str, config: ConnectorConfig, place: int = 0) -> list[Rule]:

@@ -9,7 +9,8 @@ from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, leading, rule
 from mmjax.families.towers import architecture, tower
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 
 def read(config: Config, where: str, read_tower: Callable[[Fields], ViTConfig]) -> ModelConfig:

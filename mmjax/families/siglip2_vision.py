@@ -16,7 +16,8 @@ from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule
 from mmjax.families.siglip_vision import MEAN, STD, tower_rules
 from mmjax.families.towers import architecture, tower
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 
 def read_tower(fields: Fields) -> ViTConfig:

@@ -7,7 +7,8 @@ from mmjax.families.family import Config, Family
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, leading, linear, norm, patches, rule, transposed
 from mmjax.families.towers import architecture, block_rules, read_block, tower, write_tower
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 MEAN = STD = (0.5, 0.5, 0.5)
 

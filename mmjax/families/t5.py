@@ -24,7 +24,8 @@ from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule, same_tensor
 from mmjax.models import decoder, multimodal
-from mmjax.models.config import BlockConfig, DecoderConfig, Execution, ModelConfig, RelativeBias
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, Execution, ModelConfig, RelativeBias
 from mmjax.tree import Params
 
 WHOLE, HEADLESS, ENCODER = "ForConditionalGeneration", "Model", "EncoderModel"

@@ -17,7 +17,8 @@ from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, rule
 from mmjax.families.towers import architecture, block_rules, read_block, write_block
 from mmjax.models import text_tower
-from mmjax.models.config import Execution, ModelConfig, TextTowerConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import TextTowerConfig
 from mmjax.tree import Params
 
 INPUTS = ("input_ids", "attention_mask")

@@ -9,7 +9,9 @@ from mmjax.errors import UserError
 from mmjax.families.family import Config
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, leading, linear, norm, patches, prefixed, rule
-from mmjax.models.config import BlockConfig, ModelConfig, ViTConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

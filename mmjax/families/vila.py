@@ -8,7 +8,7 @@ from typing import Any, Literal
 from mmjax.errors import UserError
 from mmjax.families import sequential
 from mmjax.families.keys import Rule, linear
-from mmjax.models.config import ConnectorConfig
+from mmjax.models.encoder_config import ConnectorConfig
 
 
 def projector(

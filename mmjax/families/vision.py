@@ -24,7 +24,8 @@ from mmjax.errors import UserError
 from mmjax.families import text_towers
 from mmjax.families.family import Config, Inputs
 from mmjax.models import multimodal, vit
-from mmjax.models.config import Execution, ModelConfig, ViTConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 from mmjax.tree import Params
 
 INPUTS = ("pixel_values", "interpolate_pos_encoding")

@@ -27,7 +27,8 @@ from mmjax.families.towers import (
     write_classes,
     write_tower,
 )
-from mmjax.models.config import ModelConfig, ViTConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
 
 CLASSIFIER = "ViTForImageClassification"
 MEAN = STD = (0.5, 0.5, 0.5)

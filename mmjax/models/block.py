@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.models.attention import Mask, attention
-from mmjax.models.config import BlockConfig, LoraConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import LoraConfig
 from mmjax.models.experts import MixtureOfExperts
 from mmjax.models.layers import MLP, Linear, Norm, dropped
 from mmjax.models.rope import rotate

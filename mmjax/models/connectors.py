@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mmjax.models import perceiver
-from mmjax.models.config import ConnectorConfig, Execution
+from mmjax.models.config import Execution
+from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_uniform
 
 Params = dict[str, Any]

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from mmjax.models.config import Activation, Experts
+from mmjax.models.block_config import Activation, Experts
 from mmjax.models.layers import ACTIVATIONS, matmul, stored
 from mmjax.parallel.mesh import DATA_AXES, data_shards
 

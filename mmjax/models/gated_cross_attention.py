@@ -18,7 +18,9 @@ import jax.numpy as jnp
 from mmjax.models import ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import CrossAttention, KeysValues, memory_keys_values
-from mmjax.models.config import BlockConfig, Execution, GatedCrossAttentionConfig, LoraConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.encoder_config import GatedCrossAttentionConfig
 from mmjax.models.layers import MLP, Norm, apply, as_torch_starts
 from mmjax.models.stack import init_stack
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from mmjax.models.config import Interpolation
+from mmjax.models.encoder_config import Interpolation
 
 
 def resized(table: jax.Array, rows: int, columns: int, kind: Interpolation) -> jax.Array:

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import tree
-from mmjax.models.config import Activation, LoraConfig, NormKind
+from mmjax.models.block_config import Activation, NormKind
+from mmjax.models.config import LoraConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -111,7 +112,7 @@ def apply(module: nn.Module, params: Any, *args: Any, **settings: Any) -> jax.Ar
 
 
 class Norm(nn.Module):
-    """A norm over the last axis, computed in float32; see mmjax.models.config.NormKind."""
+    """A norm over the last axis, computed in float32; see mmjax.models.block_config.NormKind."""
 
     kind: NormKind
     eps: float

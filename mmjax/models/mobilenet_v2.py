@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.models.config import Execution, FeatureSpec, LoraConfig, MobileNetV2Config, divisible
+from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.encoder_config import FeatureSpec, MobileNetV2Config, divisible
 from mmjax.models.layers import Linear, apply
 
 Params = dict[str, Any]

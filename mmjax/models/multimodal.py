@@ -12,7 +12,8 @@ from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.models import adapters as lora
 from mmjax.models import connectors, decoder, encoder_decoder, mobilenet_v2, text_tower, vit
-from mmjax.models.config import Execution, MobileNetV2Config, ModelConfig, ViTConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
 
 Params = dict[str, Any]
 

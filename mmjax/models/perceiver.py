@@ -19,7 +19,9 @@ import jax.numpy as jnp
 
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, CrossAttention, Surroundings, memory_keys_values
-from mmjax.models.config import BlockConfig, ConnectorConfig, Execution, LoraConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import MLP, Linear, Norm, apply, as_torch_starts
 from mmjax.models.stack import init_stack, run_stack
 

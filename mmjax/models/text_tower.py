@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, Surroundings
-from mmjax.models.config import Execution, TextTowerConfig
+from mmjax.models.config import Execution
+from mmjax.models.encoder_config import TextTowerConfig
 from mmjax.models.layers import Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack
 

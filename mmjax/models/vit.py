@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block import Block, Surroundings
-from mmjax.models.config import Execution, FeatureSpec, LoraConfig, ViTConfig
+from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.encoder_config import FeatureSpec, ViTConfig
 from mmjax.models.interpolation import resized, resized_to_each
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_normal
 from mmjax.models.stack import init_stack, run_stack

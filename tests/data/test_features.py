@@ -19,7 +19,9 @@ from mmjax.data.messages import Sample
 from mmjax.data.pipeline import Pipeline
 from mmjax.errors import UserError
 from mmjax.models import connectors, multimodal
-from mmjax.models.config import BlockConfig, ConnectorConfig, Execution, ModelConfig, ViTConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, ViTConfig
 from mmjax.parallel.mesh import make_mesh
 from tests.data.pictures import encoded, gradient, write_tar
 from tests.data.tokenizers import byte_tokenizer

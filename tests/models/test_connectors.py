@@ -9,7 +9,8 @@ from mmjax import tree
 from mmjax.checkpoints import safetensors, weights
 from mmjax.families import composed, keys
 from mmjax.models import adapters, connectors, layers, multimodal
-from mmjax.models.config import ConnectorConfig, Execution, LoraConfig
+from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.encoder_config import ConnectorConfig
 from tests.models import tiny
 
 torch = pytest.importorskip("torch")

@@ -11,7 +11,8 @@ from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.config import Mesh
 from mmjax.models import multimodal
-from mmjax.models.config import BlockConfig, DecoderConfig, Execution, LoraConfig, ModelConfig, RelativeBias
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, Execution, LoraConfig, ModelConfig, RelativeBias
 from mmjax.parallel import sharding
 from mmjax.parallel.mesh import make_mesh
 from tests.models import tiny

@@ -9,7 +9,8 @@ import pytest
 
 from mmjax import config
 from mmjax.inference.generate import Sampling, generate
-from mmjax.models.config import Execution, Experts
+from mmjax.models.block_config import Experts
+from mmjax.models.config import Execution
 from mmjax.models.experts import MixtureOfExperts, balance_loss
 from mmjax.parallel.mesh import make_mesh
 from mmjax.parallel.sharding import mesh_of, param_shardings

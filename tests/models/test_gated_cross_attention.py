@@ -9,7 +9,9 @@ import pytest
 
 from mmjax import tree
 from mmjax.models import decoder, gated_cross_attention
-from mmjax.models.config import BlockConfig, Execution, GatedCrossAttentionConfig
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import Execution
+from mmjax.models.encoder_config import GatedCrossAttentionConfig
 from tests.models import tiny
 
 BLOCK = BlockConfig(32, 2, 2, 8, 48, "gelu", "layer", 1e-5, False, False, False, False, memory_width=12)

@@ -8,14 +8,8 @@ import pytest
 from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import mobilenet_v2, multimodal
-from mmjax.models.config import (
-    ConnectorConfig,
-    Execution,
-    FeatureSpec,
-    LoraConfig,
-    MobileNetV2Config,
-    ModelConfig,
-)
+from mmjax.models.config import Execution, LoraConfig, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, MobileNetV2Config
 
 TINY = MobileNetV2Config(image_size=40, depth_multiplier=0.1, classes=3)
 

@@ -8,7 +8,8 @@ import pytest
 
 from mmjax import tree
 from mmjax.models import connectors, perceiver
-from mmjax.models.config import ConnectorConfig, Execution
+from mmjax.models.config import Execution
+from mmjax.models.encoder_config import ConnectorConfig
 
 CONFIG = ConnectorConfig(
     "perceiver", 6, 8, 5, depth=2, hidden_width=10, bias=False, latents=3, heads=2, head_dim=4, frames=4, media=2

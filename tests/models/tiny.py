@@ -6,16 +6,9 @@ import numpy as np
 from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import multimodal
-from mmjax.models.config import (
-    BlockConfig,
-    ConnectorConfig,
-    DecoderConfig,
-    FeatureSpec,
-    LoraConfig,
-    ModelConfig,
-    Rope,
-    ViTConfig,
-)
+from mmjax.models.block_config import BlockConfig, Rope
+from mmjax.models.config import DecoderConfig, LoraConfig, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, ViTConfig
 
 LLAMA_BLOCK = BlockConfig(32, 4, 2, 8, 48, "silu", "rms", 1e-5, True, False, False, False, Rope())
 VIT_BLOCK = BlockConfig(24, 4, 4, 6, 40, "quick_gelu", "layer", 1e-5, False, True, True, True)

@@ -8,15 +8,9 @@ import numpy as np
 from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import multimodal
-from mmjax.models.config import (
-    BlockConfig,
-    ConnectorConfig,
-    DecoderConfig,
-    LoraConfig,
-    ModelConfig,
-    Rope,
-    ViTConfig,
-)
+from mmjax.models.block_config import BlockConfig, Rope
+from mmjax.models.config import DecoderConfig, LoraConfig, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, ViTConfig
 
 _BLOCK = BlockConfig(
     width=16,
