@@ -21,13 +21,13 @@ Needs Qwen/Qwen2-1.5B-Instruct and google/siglip-so400m-patch14-384 (in the loca
 and --config.model.vision.path=DIR); data below data/.
 """
 
+from mmjax.catalogue import CC3M_595K, QWEN2_1_5B_INSTRUCT, SIGLIP_SO400M_384
 from mmjax.config import (
     Connector,
     Image,
     Lora,
     Model,
     Optimizer,
-    Part,
     Recipe,
     Source,
     Stage,
@@ -36,38 +36,6 @@ from mmjax.config import (
 )
 from mmjax.tiny import tiny
 
-QWEN2 = Part(
-    "Qwen/Qwen2-1.5B-Instruct",
-    {
-        "model_type": "qwen2",
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "hidden_act": "silu",
-        "use_sliding_window": False,
-        "tie_word_embeddings": True,
-    },
-)
-SIGLIP = Part(
-    "google/siglip-so400m-patch14-384",
-    {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
-)
 CONNECTORS = {
     "patches": Connector(kind="mlp2x_gelu"),
     "concat": Connector(kind="concat", group=9),
@@ -80,7 +48,7 @@ def get_config(argument: str = ""):
     media = {"patches": 729, "concat": 81, "pooled": 8}[chosen.connector]
     pretrain = Stage(
         trainable=("connector/**",),
-        sources={"captions": Source(path="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images")},
+        sources={"captions": CC3M_595K},
         epochs=1.0,
         rows=128,
         length=media + 71,  # the picture, and its caption
@@ -103,8 +71,8 @@ def get_config(argument: str = ""):
     recipe = Recipe(
         name=f"doubutsu_{chosen.connector}",
         model=Model(
-            llm=QWEN2,
-            vision=SIGLIP,
+            llm=QWEN2_1_5B_INSTRUCT,
+            vision=SIGLIP_SO400M_384,
             connector=CONNECTORS[chosen.connector],
             feature_layers=(-2,),
             image=Image(aspect="squash"),

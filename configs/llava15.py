@@ -21,66 +21,19 @@ Differs from the authors' scripts: finetuning packs samples into rows of 2,048 t
 pretraining pads pictures to a square as finetuning does, where they crop.
 """
 
+from mmjax.catalogue import CLIP_L_336, LCS_558K, MIX_665K, VICUNA_V15
 from mmjax.config import (
     Connector,
     Lora,
     Mesh,
     Model,
     Optimizer,
-    Part,
     Recipe,
-    Source,
     Stage,
     parse_arguments,
     to_config_dict,
 )
 from mmjax.tiny import tiny
-
-VICUNA = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLM = {
-    "7b": Part("lmsys/vicuna-7b-v1.5", VICUNA),
-    "13b": Part(
-        "lmsys/vicuna-13b-v1.5",
-        {
-            **VICUNA,
-            "hidden_size": 5120,
-            "intermediate_size": 13824,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 40,
-            "num_key_value_heads": 40,
-        },
-    ),
-}
-CLIP = Part(
-    "openai/clip-vit-large-patch14-336",
-    {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 336,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-)
 
 
 def get_config(argument: str = ""):
@@ -88,7 +41,7 @@ def get_config(argument: str = ""):
     lora = chosen.peft == "lora"
     pretrain = Stage(
         trainable=("connector/**",),
-        sources={"captions": Source(path="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")},
+        sources={"captions": LCS_558K},
         epochs=1.0,
         rows=256,
         length=640,  # 576 for the picture, the rest for its caption
@@ -100,7 +53,7 @@ def get_config(argument: str = ""):
     )
     finetune = Stage(
         trainable=("llm/**", "connector/**"),
-        sources={"mixture": Source(path="data/llava_v1_5_mix665k.json", images="data/llava_v1_5_images")},
+        sources={"mixture": MIX_665K},
         epochs=1.0,
         rows=56,
         length=2048,
@@ -123,8 +76,8 @@ def get_config(argument: str = ""):
     recipe = Recipe(
         name=f"llava15_{chosen.size}" + ("_lora" if lora else ""),
         model=Model(
-            llm=LLM[chosen.size],
-            vision=CLIP,
+            llm=VICUNA_V15[chosen.size],
+            vision=CLIP_L_336,
             connector=Connector(kind="mlp2x_gelu"),
             feature_layers=(-2,),
             template="v1",

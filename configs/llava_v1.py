@@ -17,73 +17,26 @@ Needs lmsys/vicuna-13b-v1.3 and openai/clip-vit-large-patch14 (in the local Hugg
 Differs from the authors' scripts: finetuning packs samples into rows of 2,048 tokens, counting on about 500 for each.
 """
 
+from mmjax.catalogue import CC3M_595K, CLIP_L_224, INSTRUCT_158K, VICUNA_V13
 from mmjax.config import (
     Connector,
     Image,
     Mesh,
     Model,
     Optimizer,
-    Part,
     Recipe,
-    Source,
     Stage,
     parse_arguments,
     to_config_dict,
 )
 from mmjax.tiny import tiny
 
-VICUNA = {
-    "model_type": "llama",
-    "vocab_size": 32000,
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 40,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLM = {
-    "13b": Part("lmsys/vicuna-13b-v1.3", VICUNA),
-    "7b": Part(
-        "lmsys/vicuna-7b-v1.3",
-        {
-            **VICUNA,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        },
-    ),
-}
-CLIP = Part(
-    "openai/clip-vit-large-patch14",
-    {
-        "model_type": "clip_vision_model",
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "image_size": 224,
-        "patch_size": 14,
-        "projection_dim": 768,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-)
-
 
 def get_config(argument: str = ""):
     chosen = parse_arguments(argument, {"size": ("13b", "7b"), "tiny": False})
     pretrain = Stage(
         trainable=("connector/**",),
-        sources={"captions": Source(path="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images")},
+        sources={"captions": CC3M_595K},
         epochs=1.0,
         rows=128,
         length=320,  # 256 for the picture, the rest for its caption
@@ -95,7 +48,7 @@ def get_config(argument: str = ""):
     )
     finetune = Stage(
         trainable=("llm/**", "connector/**"),
-        sources={"instruct": Source(path="data/llava_instruct_158k.json", images="data/coco/train2014")},
+        sources={"instruct": INSTRUCT_158K},
         epochs=3.0,
         rows=8,
         length=2048,
@@ -107,8 +60,8 @@ def get_config(argument: str = ""):
     recipe = Recipe(
         name=f"llava_v1_{chosen.size}",
         model=Model(
-            llm=LLM[chosen.size],
-            vision=CLIP,
+            llm=VICUNA_V13[chosen.size],
+            vision=CLIP_L_224,
             connector=Connector(kind="linear"),
             feature_layers=(-2,),
             image=Image(aspect="crop"),

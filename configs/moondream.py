@@ -15,60 +15,26 @@ Needs microsoft/phi-1_5 and google/siglip-so400m-patch14-384 (in the local Huggi
 --config.model.vision.path=DIR), and the data of the LLaVA-1.5 repository below data/.
 """
 
+from mmjax.catalogue import LCS_558K, MIX_665K, PHI_1_5, SIGLIP_SO400M_384
 from mmjax.config import (
     Connector,
     Image,
     Mesh,
     Model,
     Optimizer,
-    Part,
     Recipe,
-    Source,
     Stage,
     parse_arguments,
     to_config_dict,
 )
 from mmjax.tiny import tiny
 
-PHI = Part(
-    "microsoft/phi-1_5",
-    {
-        "model_type": "phi",
-        "vocab_size": 51200,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "max_position_embeddings": 2048,
-        "partial_rotary_factor": 0.5,
-        "rope_theta": 10000.0,
-        "hidden_act": "gelu_new",
-        "layer_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
-)
-SIGLIP = Part(
-    "google/siglip-so400m-patch14-384",
-    {
-        "model_type": "siglip_vision_model",
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_hidden_layers": 27,
-        "num_attention_heads": 16,
-        "image_size": 384,
-        "patch_size": 14,
-        "hidden_act": "gelu_pytorch_tanh",
-        "layer_norm_eps": 1e-6,
-    },
-)
-
 
 def get_config(argument: str = ""):
     chosen = parse_arguments(argument, {"tiny": False})
     pretrain = Stage(
         trainable=("connector/**",),
-        sources={"captions": Source(path="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")},
+        sources={"captions": LCS_558K},
         epochs=1.0,
         rows=256,
         length=800,  # 729 for the picture, the rest for its caption
@@ -80,7 +46,7 @@ def get_config(argument: str = ""):
     )
     finetune = Stage(
         trainable=("llm/**", "connector/**"),
-        sources={"mixture": Source(path="data/llava_v1_5_mix665k.json", images="data/llava_v1_5_images")},
+        sources={"mixture": MIX_665K},
         epochs=1.0,
         rows=64,
         length=2048,
@@ -92,8 +58,8 @@ def get_config(argument: str = ""):
     recipe = Recipe(
         name="moondream",
         model=Model(
-            llm=PHI,
-            vision=SIGLIP,
+            llm=PHI_1_5,
+            vision=SIGLIP_SO400M_384,
             connector=Connector(kind="residual_mlp", hidden_width=8192),
             feature_layers=(-1,),
             post_norm=True,
