@@ -2,7 +2,7 @@
 
 Rows hold one sample or several packed ones. Media stand beside the rows in `groups` (one for each shard of the data
 axes, so that a row's media live on its own devices): row r of R belongs to group r // (R // groups), and `media[r, t]` is
-an index into that group's media tokens, tile after tile.
+an index into that group's media tokens, tile after tile. Behind those of all tiles stands the connector's newline, if it has one.
 """
 
 from __future__ import annotations

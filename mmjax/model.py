@@ -13,8 +13,9 @@ import numpy as np
 from mmjax import tree, vocabulary
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
-from mmjax.data.images import ImageProcessor
+from mmjax.data.images import ImageProcessor, size_of
 from mmjax.data.messages import Message, Sample, validated
+from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.templates import Template
 from mmjax.errors import UserError
 from mmjax.families.family import Config, Family
@@ -119,13 +120,13 @@ class Model:
 
     def prompt(self, sample: Sample) -> Example:
         """A sample's question, encoded, with the pixels of its images (paths are opened as files)."""
-        example = self.encoder().encode(sample, generation_prompt=True)
+        example = self.encoder().encode(sample, generation_prompt=True, size_of=lambda part: size_of(_source(part)))
         if not example.images:
             return example
         if self.image_processor is None:
             raise UserError("this model has no image processor: its directory lacks preprocessor_config.json")
-        pixels = [self.image_processor.pixels(part.get("image", part.get("path"))) for part in example.images]
-        return dataclasses.replace(example, pixels=np.stack(pixels))
+        pixels = [self.image_processor.tiles(_source(part)) for part in example.images]
+        return dataclasses.replace(example, pixels=np.concatenate(pixels))
 
     def encoder(self, max_length: int = 0) -> Encoder:
         """From samples to ids, as this model's tokenizer and template have it. Raises UserError without them."""
@@ -135,7 +136,18 @@ class Model:
             )
             raise UserError(f"this model has no {missing}, so it takes ids, but no messages")
         tokens = self.config.tokens_per_tile
-        return Encoder(self.tokenizer, self.template, tokens, self.image_start, self.image_end, max_length)
+        return Encoder(
+            self.tokenizer, self.template, tokens, self.image_start, self.image_end, max_length, self._pictures()
+        )
+
+    def _pictures(self) -> PictureTokens | None:
+        """How a picture's tiles become tokens; None where it is one tile and its tokens as they come."""
+        connector, processor = self.config.connector, self.image_processor
+        tiling = processor.tiling if processor else None
+        if connector is None or (tiling is None and connector.merge == "flat"):
+            return None
+        tile = processor.shape[:2] if processor else (0, 0)
+        return PictureTokens(connector.tokens, tile, tiling, connector.merge)
 
     def sampling(self, max_new_tokens: int, *, ignore_eos: bool = False, **settings: Any) -> Sampling:
         """Settings of generation with this model's ids for the end and for padding."""
@@ -272,6 +284,11 @@ class Model:
                 kind, known = self.family.model_types[0], ", ".join(self.family.inputs)
                 raise UserError(f"unknown input {name!r}{nearest}; a {kind} takes {known}")
         return {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+
+
+def _source(part: Mapping[str, Any]) -> Any:
+    """The picture of an image part, or its file's path."""
+    return part.get("image", part.get("path"))
 
 
 def _length(row: np.ndarray, end: tuple[int, ...], ended: Ended | None) -> int:

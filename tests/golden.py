@@ -163,7 +163,7 @@ def label_mask(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]
     found: Arrays = {}
     for k, row in enumerate(config["conversations"]):
         example = encoder.encode(messages.from_llava(row, str(k)))
-        found[f"input_ids_{k}"] = np.where(example.media, config["image_token_index"], example.ids)
+        found[f"input_ids_{k}"] = np.where(example.media >= 0, config["image_token_index"], example.ids)
         found[f"labels_{k}"] = np.where(example.labels == encoding.IGNORED, config["ignore_index"], example.labels)
     return found
 

@@ -172,7 +172,7 @@ def test_delimiters_of_a_fresh_model(tmp_path):
     picture = {"type": "image", "image": np.zeros((8, 8, 3), np.uint8)}
     sample = Sample("x", validated([{"role": "user", "content": [picture, {"type": "text", "text": "What?"}]}]))
     example = model.encoder().encode(sample, generation_prompt=True)
-    before, after = np.flatnonzero(example.media)[[0, -1]] + [-1, 1]
+    before, after = np.flatnonzero(example.media >= 0)[[0, -1]] + [-1, 1]
     assert example.ids[[before, after]].tolist() == [size - 2, size - 1]
     model.save_pretrained(tmp_path / "export")
     again = mmjax.load(tmp_path / "export")

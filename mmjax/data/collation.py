@@ -8,6 +8,7 @@ import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.data.encoding import IGNORED, Example
+from mmjax.data.picture_tokens import NEWLINE
 
 
 def collate(
@@ -23,7 +24,7 @@ def collate(
     length        tokens of a row; 0 = as many as the longest row has
     groups        row r of R goes to group r // (R // groups), and so do its images
     tiles         image tiles of a group, dummies included; 0 = as many as the fullest group has
-    media_shape   shape of one image's `pixels`, for the dummies of a batch without images; () = taken from the images
+    media_shape   shape of one tile's `pixels`, for the dummies of a batch without images; () = taken from the images
 
     Without any token (classification) the token fields are None, without any tile the image fields.
     Raises ValueError where something does not fit.
@@ -32,18 +33,18 @@ def collate(
         raise ValueError(f"{len(rows)} rows cannot be shared by {groups} groups")
     grouped = [rows[at : at + len(rows) // groups] for at in range(0, len(rows), len(rows) // groups)]
     fed = [[example for row in group for example in row if example.images] for group in grouped]
-    tiles = tiles or max(sum(len(example.images) for example in group) for group in fed)
+    tiles = tiles or max(sum(example.tile_count for example in group) for group in fed)
     length = length or max((sum(len(example.ids) for example in row) for row in rows), default=0)
-    return Batch(**(_tokens(grouped, length) if length else {}), **(_media(fed, tiles, media_shape) if tiles else {}))
+    return Batch(**(_tokens(grouped, length, tiles) if length else {}), **(_media(fed, tiles, media_shape) if tiles else {}))
 
 
-def _tokens(grouped: Sequence[Sequence[Sequence[Example]]], length: int) -> dict[str, np.ndarray]:
+def _tokens(grouped: Sequence[Sequence[Sequence[Example]]], length: int, tiles: int) -> dict[str, np.ndarray]:
     shape = sum(map(len, grouped)), length
     fields = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "positions", "targets")}
     fields |= {"media": np.full(shape, -1, np.int32), "weights": np.zeros(shape, np.float32)}
     number = 0
     for group in grouped:
-        media = 0  # media tokens of the group so far
+        before = 0  # tiles of the group so far
         for row in group:
             at = 0
             for segment, example in enumerate(row, 1):
@@ -54,8 +55,9 @@ def _tokens(grouped: Sequence[Sequence[Sequence[Example]]], length: int) -> dict
                 fields["tokens"][here] = example.ids
                 fields["segments"][here] = segment
                 fields["positions"][here] = np.arange(len(example.ids))
-                fields["media"][here] = np.where(example.media, media + np.cumsum(example.media) - 1, -1)
-                media += int(example.media.sum())
+                media = np.where(example.media >= 0, example.media + before * example.tile_tokens, -1)
+                fields["media"][here] = np.where(example.media == NEWLINE, tiles * example.tile_tokens, media)
+                before += example.tile_count
                 following = np.append(example.labels[1:], IGNORED)
                 fields["targets"][here] = np.where(following == IGNORED, 0, following)
                 fields["weights"][here] = following != IGNORED
@@ -75,10 +77,10 @@ def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...])
     for group, examples in enumerate(fed):
         at = 0
         for example in examples:
-            here = group, slice(at, at + len(example.images))
-            at += len(example.images)
+            here = group, slice(at, at + example.tile_count)
+            at += example.tile_count
             if at > tiles:
-                raise ValueError(f"a group holds {at} images, more than {tiles}; the last is of sample {example.id}")
+                raise ValueError(f"a group holds {at} tiles, more than {tiles}; the last is of sample {example.id}")
             pixels[here], real[here], classes[here] = example.pixels, True, example.category
     fields = {"images" if len(shape) == 3 else "features": pixels, "tiles": real}
     return fields | {"classes": classes} if (classes >= 0).any() else fields

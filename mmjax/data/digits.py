@@ -98,6 +98,10 @@ class DigitScenes:
         rng.random(8)  # so that what a question draws and how the picture is drawn are apart
         return draw(scene, self.split, rng)
 
+    def picture_size(self, name: str) -> tuple[int, int]:
+        """(height, width) of every picture."""
+        return CANVAS, CANVAS
+
     def _scene(self, index: int) -> tuple[np.random.Generator, dict[int, int]]:
         """A fresh generator for scene `index` and the digit in each occupied quarter, in reading order; below 0 = a scribble."""
         rng = np.random.default_rng((self.seed, TASKS.index(self.task), list(SPLITS).index(self.split), index))

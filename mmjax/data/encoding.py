@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, Sample
+from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.templates import Segment, Template, starts_with_bos
 from mmjax.errors import UserError
 
 IGNORED = -100
+SizeOf = Callable[[dict[str, Any]], tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,10 +26,13 @@ class Example:
 
     ids     int32 [n]   0 at image positions
     labels  int32 [n]   the id itself where it is supervised, else -100
-    media   bool [n]    image positions; every image has the same number of them
+    media   int32 [n]   -1 = text, else which of the sample's own media tokens stands here, tile after tile, or
+                        mmjax.data.picture_tokens.NEWLINE
     images  the image parts, in order
-    pixels  what is fed for the images: uint8 [images, height, width, 3], or float features [images, positions, width]
+    pixels  what is fed for the images: uint8 [tiles, height, width, 3], or float features [tiles, positions, width]
     category   the class of its one image (classification), -1 = none
+    tiles   tiles of each image; () = one each
+    tile_tokens   media tokens of a tile
     """
 
     id: str
@@ -36,13 +42,24 @@ class Example:
     images: tuple[dict[str, Any], ...] = ()
     pixels: np.ndarray | None = None
     category: int = -1
+    tiles: tuple[int, ...] = ()
+    tile_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.tiles) != len(self.images):
+            object.__setattr__(self, "tiles", (1,) * len(self.images))
+
+    @property
+    def tile_count(self) -> int:
+        return sum(self.tiles)
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """tokens_per_image      positions an image takes
+    """tokens_per_image      positions that an image takes, or each of its tiles
     image_start, image_end   text around each image, e.g. "<im_start>"
     max_length               longer samples are cut, never inside an image; 0 = no limit
+    pictures                 how many tiles and tokens an image has by its size; None = it is one tile, whatever its size
 
     The text between two images is tokenised on its own, and the tokenizer's start token is put once, as LLaVA does.
     """
@@ -53,6 +70,7 @@ class Encoder:
     image_start: str = ""
     image_end: str = ""
     max_length: int = 0
+    pictures: PictureTokens | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -60,60 +78,85 @@ class Encoder:
                 f"the tokenizer {type(self.tokenizer).__name__} gives no character offsets; a tokenizer.json is needed"
             )
 
-    def encode(self, sample: Sample, generation_prompt: bool = False) -> Example:
+    def encode(self, sample: Sample, generation_prompt: bool = False, size_of: SizeOf | None = None) -> Example:
         """The sample's ids and labels; with `generation_prompt` its messages end where the model is to answer.
 
+        size_of   (height, width) of an image part's picture; asked where `pictures` depend on it
         Raises BadSample if nothing in it is supervised (also when cutting left nothing), or if a prompt is too long.
         """
         try:
             segments = self.template.segments(sample.messages, generation_prompt)
         except UserError as error:
             raise BadSample(sample.id, str(error)) from error
-        ids, labels, media, shown = [], [], [], []  # of each chunk; shown: the image parts
+        ids, labels, media = [], [], []  # of each chunk
+        shown, tiles, spans = [], [], []  # of each image: the part, its tiles, its first position and the one behind it
         if self._adds_bos and not (segments and segments[0].text.startswith(self.tokenizer.bos_token)):
             ids.append(np.array([self.tokenizer.bos_token_id]))
             labels.append(np.array([IGNORED]))
-            media.append(np.zeros(1, bool))
+            media.append(np.full(1, -1))
         for chunk in self._chunks(segments):
             if isinstance(chunk, dict):
+                count, order = self._picture(sample, chunk, size_of)
+                before = sum(tiles) * self.tokens_per_image
+                media.append(np.where(order >= 0, order + before, order))
                 shown.append(chunk)
-                ids.append(np.zeros(self.tokens_per_image, int))
-                labels.append(np.full(self.tokens_per_image, IGNORED))
+                tiles.append(count)
+                ids.append(np.zeros(len(order), int))
+                labels.append(np.full(len(order), IGNORED))
+                end = sum(map(len, ids))
+                spans.append((end - len(order), end))
             else:
                 new_ids, new_labels = self._tokenise(chunk)
                 ids.append(new_ids)
                 labels.append(new_labels)
-            media.append(np.full(len(ids[-1]), isinstance(chunk, dict)))
+                media.append(np.full(len(new_ids), -1))
         example = Example(
             sample.id,
             np.concatenate(ids).astype(np.int32),
             np.concatenate(labels).astype(np.int32),
-            np.concatenate(media),
+            np.concatenate(media).astype(np.int32),
             tuple(shown),
+            tiles=tuple(tiles),
+            tile_tokens=self.tokens_per_image,
         )
         if self.max_length and len(example.ids) > self.max_length:
             if generation_prompt:
                 raise BadSample(
                     sample.id, f"the prompt has {len(example.ids)} tokens; there is room for {self.max_length}"
                 )
-            example = self._cut(example)
+            example = self._cut(example, spans)
         if not generation_prompt and not (example.labels[1:] != IGNORED).any():
             limit = f" within {self.max_length} tokens" if self.max_length else ""
             raise BadSample(sample.id, f"nothing in it is supervised{limit} under the template {self.template.name!r}")
         return example
 
-    def _cut(self, example: Example) -> Example:
-        """The first max_length positions, less an image that would not be whole."""
-        images = int(example.media[: self.max_length].sum()) // self.tokens_per_image if self.tokens_per_image else 0
+    def _picture(self, sample: Sample, part: dict[str, Any], size_of: SizeOf | None) -> tuple[int, np.ndarray]:
+        """Tiles of an image, and its media tokens, counted from its own first."""
+        if self.pictures is None:
+            return 1, np.arange(self.tokens_per_image)
+        size = None
+        if self.pictures.sized:
+            if size_of is None:
+                raise ValueError("pictures in tiles are encoded by their sizes: size_of must be given")
+            try:
+                size = size_of(part)
+            except BrokenImage as error:
+                raise BadSample(sample.id, str(error)) from error
+        return self.pictures.tiles(size), self.pictures.order(size)
+
+    def _cut(self, example: Example, spans: Sequence[tuple[int, int]]) -> Example:
+        """The first max_length positions, less an image that would not be whole; `spans` are the images' positions."""
+        images = sum(end <= self.max_length for _, end in spans)
         cut = self.max_length
-        if example.media[:cut].sum() > images * self.tokens_per_image:
-            cut = int(np.flatnonzero(example.media)[images * self.tokens_per_image])
+        if images < len(spans):
+            cut = min(cut, spans[images][0])
         return dataclasses.replace(
             example,
             ids=example.ids[:cut],
             labels=example.labels[:cut],
             media=example.media[:cut],
             images=example.images[:images],
+            tiles=example.tiles[:images],
         )
 
     @functools.cached_property

@@ -1,7 +1,7 @@
 """What a frozen encoder makes of every picture of a stage, made once and kept on disk.
 
     features = cached(folder, model.config, params, stage.sources, datasets, processor, flip=True, mesh=mesh)
-    features.lookup("train", "a.jpg")                  -> float16 [positions, width]
+    features.lookup("train", "a.jpg")                  -> float16 [tiles, positions, width]
     features.lookup("train", "a.jpg", flipped=True)    the same of the mirrored picture
 
 There is one file for each source, under a name that changes with the encoder's weights, the image settings and the source. Where
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
 import hashlib
 import json
 import logging
@@ -64,7 +63,7 @@ def cached(
 
     described   the sources, by the names of `datasets`
     flip        of the mirrored pictures too
-    batch       pictures a device encodes at a time
+    batch       tiles a device encodes at a time
     Raises UserError for a picture that is in no store (it has no name), and where several processes run.
     """
     if config.connector is None or processor is None:
@@ -77,21 +76,25 @@ def cached(
     shape = config.connector.pooled, config.connector.in_width
     tables = {}
     for name, dataset in datasets.items():
-        stem = folder / hashlib.blake2b((encoder + _stamp(described[name])).encode(), digest_size=16).hexdigest()
-        names = _names(stem.with_suffix(".json"), dataset, name)
-        if names and not stem.with_suffix(".npy").exists():
-            pictures = functools.partial(_pictures, names, dataset, processor, batch * data_shards(mesh), threads)
-            _fill(stem, (len(names), 1 + flip, *shape), pictures, encode, name)
-        tables[name] = Table(stem.with_suffix(".npy"), {image: row for row, image in enumerate(names)})
+        stem = folder / hashlib.blake2b((encoder + sources.stamp(described[name])).encode(), digest_size=16).hexdigest()
+        counts = _counts(stem.with_suffix(".json"), dataset, name, processor)
+        tiles = [(image, number) for image, count in counts.items() for number in range(count)]
+        if tiles and not stem.with_suffix(".npy").exists():
+            pictures = functools.partial(_tiles, tiles, dataset, processor, batch * data_shards(mesh), flip, threads)
+            _fill(stem, (len(tiles), 1 + flip, *shape), pictures, encode, name)
+        ends = np.cumsum(list(counts.values()), dtype=int).tolist()
+        rows = {image: (end - count, end) for (image, count), end in zip(counts.items(), ends)}
+        tables[name] = Table(stem.with_suffix(".npy"), rows)
     return Features(shape, tables)
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One file of features, float16 [pictures, 1 or 2 (mirrored), positions, width], and the row of each picture."""
+    """One file of features, float16 [tiles, 1 or 2 (mirrored), positions, width], and each picture's first row and the one behind
+    its last."""
 
     path: Path
-    rows: Mapping[str, int]
+    rows: Mapping[str, tuple[int, int]]
 
     @functools.cached_property
     def array(self) -> np.ndarray:
@@ -103,25 +106,26 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Features:
-    """`shape` is (positions, width) of one picture."""
+    """`shape` is (positions, width) of one tile."""
 
     shape: tuple[int, int]
     tables: Mapping[str, Table]
 
     def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray:
-        """float16 [positions, width]. Raises BrokenImage for a picture that could not be read when the file was made."""
+        """float16 [tiles, positions, width]. Raises BrokenImage for a picture that could not be read when the file was made."""
         table = self.tables[dataset]
-        found = table.array[table.rows[image], int(flipped)]
-        if np.isnan(found[0, 0]):
+        found = table.array[slice(*table.rows[image]), int(flipped)]
+        if np.isnan(found[:, 0, 0]).any():
             raise BrokenImage(f"{image}: could not be read when its features were made")
         return found
 
 
-def _names(path: Path, dataset: Dataset, source: str) -> list[str]:
-    """The different pictures of a data set; kept in `path`, since finding them means reading every sample."""
+def _counts(path: Path, dataset: Dataset, source: str, processor: ImageProcessor) -> dict[str, int]:
+    """The different pictures of a data set and their tiles, one of a broken picture; kept in `path`, since finding them means
+    reading every sample."""
     if path.exists():
         return json.loads(path.read_text())
-    found: dict[str, None] = {}
+    found: dict[str, int] = {}
     for index in range(len(dataset)):
         try:
             sample = dataset[index]
@@ -130,9 +134,19 @@ def _names(path: Path, dataset: Dataset, source: str) -> list[str]:
         for part in messages.images(sample.messages):
             if "path" not in part:
                 raise UserError(f"cache_features: the pictures of {source} are drawn, not stored; leave it off")
-            found[part["path"]] = None
-    _replace(path, json.dumps(list(found)))
-    return list(found)
+            if part["path"] not in found:
+                found[part["path"]] = _count(dataset, part["path"], processor)
+    _replace(path, json.dumps(found))
+    return found
+
+
+def _count(dataset: Dataset, name: str, processor: ImageProcessor) -> int:
+    if processor.tiling is None:
+        return 1
+    try:
+        return processor.count(*dataset.picture_size(name))
+    except BrokenImage:
+        return 1
 
 
 def _fill(stem: Path, shape: tuple[int, ...], pictures: Any, encode: Any, label: str) -> None:
@@ -140,8 +154,8 @@ def _fill(stem: Path, shape: tuple[int, ...], pictures: Any, encode: Any, label:
     part, done = stem.with_suffix(".part"), stem.with_suffix(".done")
     start = int(done.read_text()) if part.exists() and done.exists() else 0
     array = np.lib.format.open_memmap(part, "r+" if start else "w+", np.float16, shape)
-    log.info("%s: features of %d pictures, %.2f GB, in %s", label, shape[0], array.nbytes / 1e9, part.parent)
-    bar = tqdm(None, f"{label}: features", shape[0], initial=start, disable=None, unit="picture")
+    log.info("%s: features of %d tiles, %.2f GB, in %s", label, shape[0], array.nbytes / 1e9, part.parent)
+    bar = tqdm(None, f"{label}: features", shape[0], initial=start, disable=None, unit="tile")
     pending: tuple[int, Any, np.ndarray] | None = None  # the device works on one batch while the next is decoded
 
     def store(first: int, features: jax.Array, readable: np.ndarray) -> None:
@@ -150,8 +164,7 @@ def _fill(stem: Path, shape: tuple[int, ...], pictures: Any, encode: Any, label:
         array[first : first + len(readable)] = values
         bar.update(len(readable))
 
-    for number, (first, pixels, readable) in enumerate(pictures(start)):
-        views = np.stack([pixels, pixels[:, :, ::-1]][: shape[1]], 1)
+    for number, (first, views, readable) in enumerate(pictures(start)):
         features = encode(views)
         if pending:
             store(*pending)
@@ -167,26 +180,37 @@ def _fill(stem: Path, shape: tuple[int, ...], pictures: Any, encode: Any, label:
     done.unlink(missing_ok=True)
 
 
-def _pictures(
-    names: list[str], dataset: Dataset, processor: ImageProcessor, batch: int, threads: int, start: int
+def _tiles(
+    tiles: list[tuple[str, int]],
+    dataset: Dataset,
+    processor: ImageProcessor,
+    batch: int,
+    flip: bool,
+    threads: int,
+    start: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """From row `start` on: first row, pixels uint8 [batch, height, width, 3], and which of the real rows could be read, bool [<= batch]."""
+    """From row `start` on: first row, pixels uint8 [batch, 1 or 2 (mirrored), height, width, 3], and which of the real rows could
+    be read, bool [<= batch]. `tiles` are pictures and the number of a tile."""
 
-    def pixels(name: str) -> np.ndarray | None:
+    def views(name: str) -> np.ndarray | None:
         try:
-            return processor.pixels(dataset.image(name))
+            picture = dataset.image(name)
+            return np.stack([processor.tiles(picture, flipped) for flipped in (False, True)[: 1 + flip]], 1)
         except BrokenImage as error:
             log.warning("%s: %s", name, error)
             return None
 
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(start, len(names), batch):
-            found = list(pool.map(pixels, names[first : first + batch]))
-            out = np.zeros((batch, *processor.shape), np.uint8)
-            for row, picture in enumerate(found):
-                if picture is not None:
-                    out[row] = picture
-            yield first, out, np.array([picture is not None for picture in found])
+        for first in range(start, len(tiles), batch):
+            rows = tiles[first : first + batch]
+            names = list(dict.fromkeys(name for name, _ in rows))
+            found = dict(zip(names, pool.map(views, names)))
+            out, readable = np.zeros((batch, 1 + flip, *processor.shape), np.uint8), np.zeros(len(rows), bool)
+            for row, (name, number) in enumerate(rows):
+                picture = found[name]
+                if picture is not None and number < len(picture):
+                    out[row], readable[row] = picture[number], True
+            yield first, out, readable
 
 
 def _encode(params: Params, views: np.ndarray, *, mesh: Mesh, config: ModelConfig, run: Execution) -> jax.Array:
@@ -211,13 +235,6 @@ def _encoder_digest(config: ModelConfig, params: Params, processor: ImageProcess
         digest.update(path.encode())
         digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return digest.hexdigest()
-
-
-def _stamp(source: Source) -> str:
-    """A source and the state of its store: sizes and times of its tar files, or of the folder."""
-    paths = sorted(glob.glob(source.images)) if glob.has_magic(source.images) else [source.images]
-    states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
-    return f"{sources.fingerprint(source)} {states}"
 
 
 def _replace(path: Path, text: str) -> None:

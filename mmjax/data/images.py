@@ -135,11 +135,13 @@ class ImageProcessor:
         """Tiles of a picture of this size."""
         return self.tiling.layout(height, width, self.shape[:2]).tiles if self.tiling else 1
 
-    def tiles(self, image: Any) -> np.ndarray:
-        """uint8 [count, height, width, 3] of whatever `decode` takes. Raises BrokenImage."""
+    def tiles(self, image: Any, flipped: bool = False) -> np.ndarray:
+        """uint8 [count, height, width, 3] of whatever `decode` takes, or of its mirror image. Raises BrokenImage."""
         picture = decode(image)
         if self.tiling is None:
-            return self._fitted(picture)[None]
+            return self._fitted(picture)[None, :, :: -1 if flipped else 1]
+        if flipped:
+            picture = ImageOps.mirror(picture)
         layout = self.tiling.layout(picture.height, picture.width, self.shape[:2])
         resized = np.asarray(picture.resize((layout.width, layout.height), self.resample))
         tiles = cut(resized, layout, self.shape[:2])

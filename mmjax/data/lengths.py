@@ -82,7 +82,7 @@ def _measure(dataset: Dataset, prepare: Prepare, chunk: range) -> Table:
         except BadSample as error:
             dropped[index] = (error.id, error.reason)
         else:
-            tokens[place], tiles[place] = len(example.ids), len(example.images)
+            tokens[place], tiles[place] = len(example.ids), example.tile_count
     return Table(tokens, tiles, dropped)
 
 

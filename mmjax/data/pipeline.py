@@ -34,12 +34,14 @@ _SETTLED = 1000  # samples after which the share of broken ones is judged by wha
 
 
 class Features(Protocol):
-    """Cached encoder features in place of pictures; `shape` is (positions, width)."""
+    """Cached encoder features in place of pictures; `shape` is (positions, width) of a tile."""
 
     @property
     def shape(self) -> tuple[int, int]: ...
 
-    def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray: ...
+    def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray:
+        """Those of all tiles of a picture, [tiles, positions, width]."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Info:
     ids          ids of the samples of each row
     tokens       positions that are not padding; supervised: of these, the ones predicted from
     padding      share of positions that are padding
+    tiles        of the images
     epoch        how many epochs are done after the step
     """
 
@@ -68,6 +71,7 @@ class Info:
     supervised: int
     padding: float
     images: int
+    tiles: int
     skipped: tuple[Skipped, ...]
 
     @property
@@ -191,6 +195,7 @@ class Pipeline:
             supervised=int(np.sum(batch.weights)) if batch.weights is not None else 0,
             padding=1 - tokens / (self.rows * self.stage.length) if language else 0.0,
             images=sum(len(example.images) for row in rows for example in row),
+            tiles=sum(example.tile_count for row in rows for example in row),
             skipped=tuple(skipped),
         )
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
@@ -203,22 +208,23 @@ class Pipeline:
         if not example.images:
             return example
         pixels = []
-        for number, part in enumerate(example.images):
+        for number, (part, tiles) in enumerate(zip(example.images, example.tiles)):
             flipped = "flip" in self.stage.augment and _coin(self.seed, epoch, sample, number)
             try:
                 pixels.append(self._pixels(name, part, flipped))
             except images.BrokenImage as error:
                 raise BadSample(example.id, str(error)) from error
-        return dataclasses.replace(example, pixels=np.stack(pixels))
+            if len(pixels[-1]) != tiles:
+                raise BadSample(example.id, f"its picture {number + 1} has {len(pixels[-1])} tiles, not {tiles} as its size says")
+        return dataclasses.replace(example, pixels=np.concatenate(pixels))
 
     def _pixels(self, name: str, part: dict[str, Any], flipped: bool) -> np.ndarray:
-        """What is fed for one image part of source `name`."""
+        """What is fed for one image part of source `name`: its tiles."""
         if self.features is not None:
             return self.features.lookup(name, part["path"], flipped)
         assert self.image_processor is not None
         picture = self.datasets[name].image(part["path"]) if "path" in part else images.decode(part["image"])
-        pixels = self.image_processor.pixels(picture)
-        return pixels[:, ::-1] if flipped else pixels
+        return self.image_processor.tiles(picture, flipped)
 
     @property
     def _prepare(self) -> lengths.Prepare:
@@ -239,6 +245,7 @@ class Pipeline:
                     self.encoder,
                     self.stage.objective,
                     self.stage.tiles,
+                    sources.stamp(self.stage.sources[name]) if _by_size(self.encoder) else "",
                 )
                 cache = workdir / "lengths" / f"{lengths.key(*key)}.npz"
             table = lengths.measure(dataset, self._prepare, self.loader.workers, self.loader.threads, cache)
@@ -318,10 +325,16 @@ class Pipeline:
 
 def _encoded(dataset: Dataset, index: int, *, encoder: Encoder, tiles: int) -> Example:
     """A sample of the objective "language"."""
-    example = encoder.encode(dataset[index])
-    if len(example.images) > tiles:
-        raise BadSample(example.id, f"it has {len(example.images)} images; a row holds {tiles} (the stage's `tiles`)")
+    example = encoder.encode(dataset[index], size_of=functools.partial(sources.size_of, dataset))
+    if example.tile_count > tiles:
+        number, kind = (len(example.images), "images") if set(example.tiles) == {1} else (example.tile_count, "tiles")
+        raise BadSample(example.id, f"it has {number} {kind}; a row holds {tiles} (the stage's `tiles`)")
     return example
+
+
+def _by_size(encoder: Encoder | None) -> bool:
+    """Whether lengths depend on the pictures' sizes."""
+    return encoder is not None and encoder.pictures is not None and encoder.pictures.sized
 
 
 def _classified(dataset: Dataset, index: int, *, tiles: int) -> Example:
@@ -333,7 +346,7 @@ def _classified(dataset: Dataset, index: int, *, tiles: int) -> Example:
     if not answer.isdecimal():
         raise BadSample(sample.id, f"its answer {answer!r} is not the number of a class")
     empty = np.zeros(0, np.int32)
-    return Example(sample.id, empty, empty, np.zeros(0, bool), tuple(shown), category=int(answer))
+    return Example(sample.id, empty, empty, empty, tuple(shown), category=int(answer))
 
 
 def _coin(*key: int) -> bool:

@@ -8,6 +8,7 @@ dataset.image("a.jpg") -> a picture, RGB
 from __future__ import annotations
 
 import difflib
+import glob
 import gzip
 import hashlib
 import io
@@ -28,7 +29,7 @@ from mmjax.errors import UserError
 class Dataset(Protocol):
     """What the pipeline and evaluation read. Both methods may be called from several threads.
 
-    __getitem__ raises BadSample for a row that is no sample; image raises images.BrokenImage.
+    __getitem__ raises BadSample for a row that is no sample; image and picture_size raise images.BrokenImage.
     """
 
     def __len__(self) -> int: ...
@@ -36,6 +37,10 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
     def image(self, name: str) -> Image.Image: ...
+
+    def picture_size(self, name: str) -> tuple[int, int]:
+        """(height, width) of a picture, without decoding it where its header says it."""
+        ...
 
 
 def open(source: config.Source) -> Dataset:
@@ -60,6 +65,18 @@ def fingerprint(source: config.Source) -> str:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def stamp(source: config.Source) -> str:
+    """A source and the state of its pictures: sizes and times of its tar files, or of the folder."""
+    paths = sorted(glob.glob(source.images)) if glob.has_magic(source.images) else [source.images]
+    states = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths if os.path.exists(path)]
+    return f"{fingerprint(source)} {states}"
+
+
+def size_of(dataset: Dataset, part: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) of an image part's picture. Raises images.BrokenImage."""
+    return dataset.picture_size(part["path"]) if "path" in part else images.size_of(part["image"])
 
 
 class Rows:
@@ -117,6 +134,9 @@ class RowDataset:
     def image(self, name: str) -> Image.Image:
         return _picture(self._store, name)
 
+    def picture_size(self, name: str) -> tuple[int, int]:
+        return _size(self._store, name)
+
     def __reduce__(self) -> tuple:
         return RowDataset, self._arguments
 
@@ -161,6 +181,9 @@ class Captions:
     def image(self, name: str) -> Image.Image:
         return _picture(self._store, name)
 
+    def picture_size(self, name: str) -> tuple[int, int]:
+        return _size(self._store, name)
+
     def _captions(self, row: Mapping[str, Any]) -> list[str]:
         found: Any = next((row[field] for field in self._fields if row.get(field)), [])
         found = [found] if isinstance(found, str) else found
@@ -195,9 +218,16 @@ class First:
     def image(self, name: str) -> Image.Image:
         return self.dataset.image(name)
 
+    def picture_size(self, name: str) -> tuple[int, int]:
+        return self.dataset.picture_size(name)
+
 
 def _picture(store: stores.Store, name: str) -> Image.Image:
     return images.decode(store.read(name))
+
+
+def _size(store: stores.Store, name: str) -> tuple[int, int]:
+    return images.size_of(store.read(name))
 
 
 def _lines(text: Any) -> np.ndarray:

@@ -43,9 +43,13 @@ class AnyRes:
     grids   to choose from; where two are equally good the first wins. LLaVA's own configurations give the pixels of
             canvases as (width, height), transformers' as (height, width): the same list has another order in each, so
             that a square picture gets another grid
+    overview  whether there is one
+    rounded   see `unpadded`
     """
 
     grids: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    overview: bool = True
+    rounded: bool = True
 
     def layout(self, height: int, width: int, tile: tuple[int, int]) -> Layout:
         """Of a picture of this size, for tiles of (height, width) pixels."""
@@ -62,7 +66,7 @@ class AnyRes:
             resized = min(math.ceil(height * across), rows * tile[0]), columns * tile[1]
         else:
             resized = rows * tile[0], min(math.ceil(width * down), columns * tile[1])
-        return Layout(*resized, rows, columns, overview="first")
+        return Layout(*resized, rows, columns, overview="first" if self.overview else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +74,12 @@ class DynamicTiles:
     """The grid whose aspect is nearest to the picture's, which is stretched to it. Several tiles end with an overview.
 
     least, most   tiles of a grid
+    overview      whether there is one
     """
 
     least: int = 1
     most: int = 12
+    overview: bool = True
 
     def layout(self, height: int, width: int, tile: tuple[int, int]) -> Layout:
         """Of a picture of this size, for tiles of (height, width) pixels."""
@@ -90,7 +96,8 @@ class DynamicTiles:
             if here < apart or here == apart and height * width > 0.5 * math.prod(tile) * rows * columns:
                 best, apart = (rows, columns), here
         rows, columns = best
-        return Layout(rows * tile[0], columns * tile[1], rows, columns, overview="last" if rows * columns > 1 else "")
+        last = self.overview and rows * columns > 1
+        return Layout(rows * tile[0], columns * tile[1], rows, columns, overview="last" if last else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,16 +155,20 @@ def patch_rows(tiles: np.ndarray, frames: int = 1) -> np.ndarray:
     return np.repeat(channels_first, frames, axis=2).reshape(len(tiles), -1)
 
 
-def unpadded(layout: Layout, height: int, width: int, side: int) -> tuple[int, int]:
+def unpadded(layout: Layout, height: int, width: int, side: int, rounded: bool = True) -> tuple[int, int]:
     """(rows, columns) of the features of a grid that are left without those of the black borders, for a picture of this
-    size and side x side features of a tile (LLaVA-NeXT's `spatial_unpad`).
+    size and side x side features of a tile (LLaVA-NeXT's `spatial_unpad`). As many are cut off at either end, so that an odd
+    number of black ones leaves one.
+
+    rounded   to 7 digits before the fraction is cut off, as transformers does it, so that a whole number does not fall below
+              itself for want of a last digit. LLaVA's own code does not, so that some pictures have two rows or columns fewer there
 
     With the overview, and one newline for each row, a picture has side**2 + rows * (columns + 1) tokens.
     """
+    digits = 7 if rounded else 99
     rows, columns = layout.rows * side, layout.columns * side
-    # Rounded, so that a whole number does not fall below itself for want of a last digit.
     if width / height > columns / rows:
-        kept = int(round(height * (columns / width), 7))
+        kept = int(round(height * (columns / width), digits))
         return rows - (rows - kept) // 2 * 2, columns
-    kept = int(round(width * (rows / height), 7))
+    kept = int(round(width * (rows / height), digits))
     return rows, columns - (columns - kept) // 2 * 2

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from mmjax.data.collation import collate
+from mmjax.data.encoding import Example
 from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, Sample, question
 from mmjax.inference.generate import generate
@@ -46,11 +47,17 @@ def answer(
             continue
         # The last batch is filled up with a question that is there anyway.
         rows = [[example] for example in examples + examples[-1:] * (batch - len(examples))]
-        images = max(len(example.images) for example in examples)
-        together = collate(rows, groups=groups, tiles=batch // groups * images)
+        together = collate(rows, groups=groups, tiles=_room(rows, groups))
         tokens = iter(generate(model.params, model.config, together, settings, model.run, ended=ended).tokens)
         for sample, example in zip(chunk, prepared):
             yield sample, example if isinstance(example, BadSample) else model.text(next(tokens), stop)
+
+
+def _room(rows: Sequence[Sequence[Example]], groups: int) -> int:
+    """Tiles of a group: as many as the fullest has, rounded up to a multiple of its rows, so that few shapes occur."""
+    each = len(rows) // groups
+    counts = [sum(example.tile_count for row in rows[at : at + each] for example in row) for at in range(0, len(rows), each)]
+    return -(-max(counts) // each) * each
 
 
 def _prompt(model: Model, sample: Sample, open_image: Callable[[str], Image.Image] | None) -> Any:

@@ -74,6 +74,7 @@ def logit_difference(model: Model, other: Model) -> float:
     rng = np.random.default_rng(0)
     vocab = min(model.config.llm.vocab_size, other.config.llm.vocab_size)
     tower, media = model.config.vision, model.config.tokens_per_tile
+    media += bool(model.config.connector and model.config.connector.newline)
     length = media + 8
     tokens = rng.integers(0, vocab, (1, length))
     places = np.full((1, length), -1)
@@ -101,5 +102,5 @@ def _prompt(model: Model) -> list[int] | None:
         return None
     image = [{"type": "image", "path": "x"}] if model.config.connector else []
     asked = validated([{"role": "user", "content": [*image, {"type": "text", "text": "What is this?"}]}])
-    example = model.encoder().encode(Sample("the probe", asked), generation_prompt=True)
-    return np.where(example.media, -1, example.ids).tolist()
+    example = model.encoder().encode(Sample("the probe", asked), generation_prompt=True, size_of=lambda part: (48, 64))
+    return np.where(example.media != -1, -1, example.ids).tolist()

@@ -21,10 +21,13 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     """Fresh parameters as the published connectors have them: weights and biases U(-1/sqrt(in), 1/sqrt(in)).
 
     Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver.
+    A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is.
     """
-    if config.resamples:
-        return perceiver.init(key, config)
     params: Params = {}
+    if config.newline:
+        params["newline"] = jax.random.normal(jax.random.fold_in(key, -1), (config.out_width,)) * config.out_width**-0.5
+    if config.resamples:
+        return {**params, **perceiver.init(key, config)}
     if config.input_norm:
         params["input_norm"] = _norm_of(grouped_width(config))
     if config.kind == "residual_mlp":

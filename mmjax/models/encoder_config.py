@@ -155,6 +155,7 @@ class TextTowerConfig:
 
 
 EncoderConfig = Union[ViTConfig, MobileNetV2Config]
+Merge = Literal["flat", "spatial", "spatial_unpad"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,6 +179,7 @@ class ConnectorConfig:
     token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
     heads, head_dim   of a perceiver; head_dim 0 = hidden_width / heads
     frames, media  rows of a perceiver's embeddings of a video's frames, and of a text's media; 0 = none
+    merge          how the tokens of a picture's tiles become those of the picture (see mmjax.data.picture_tokens)
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
@@ -201,6 +203,12 @@ class ConnectorConfig:
     head_dim: int = 0
     frames: int = 0
     media: int = 0
+    merge: Merge = "flat"
+
+    @property
+    def newline(self) -> bool:
+        """Whether there is a learned vector that stands behind every row of a picture's tokens."""
+        return self.merge == "spatial_unpad"
 
     @property
     def inner_width(self) -> int:

@@ -85,6 +85,9 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
         return x
     groups, tiles, tokens, width = media.shape
     media = media.reshape(groups, tiles * tokens, width)
+    if config.connector is not None and config.connector.newline:
+        newline = params["connector"]["newline"].astype(media.dtype)
+        media = jnp.concatenate([media, jnp.broadcast_to(newline, (groups, 1, width))], 1)
     index = batch.media.reshape(groups, -1)
     picked = jax.vmap(lambda rows, i: rows[i])(media, jnp.maximum(index, 0))
     return jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x)

@@ -123,7 +123,7 @@ class Speed:
 
     def _flops(self, info: Info) -> float:
         lengths = [info.tokens / info.samples] * info.samples if info.samples else []
-        return sum(self.cost.count(lengths, info.supervised, info.images, self.encoded).values())
+        return sum(self.cost.count(lengths, info.supervised, info.tiles, self.encoded).values())
 
 
 def peak_memory() -> int:

@@ -8,10 +8,14 @@ from mmjax.data.encoding import Example
 def example(id, layout, pixels=None, category=-1):
     """`layout`: a letter is a token, upper case supervised, '#' an image position."""
     ids = np.array([0 if char == "#" else ord(char) for char in layout], np.int32)
-    media = np.array([char == "#" for char in layout], bool)
+    shown = np.array([char == "#" for char in layout], bool)
+    media = np.where(shown, np.cumsum(shown) - 1, -1)
     labels = np.where([char.isupper() for char in layout], ids, -100)
     count = 0 if pixels is None else len(pixels)
-    return Example(id, ids, labels.astype(np.int32), media, ({"path": id},) * count, pixels, category)
+    tokens = int(shown.sum()) // count if count else 0
+    return Example(
+        id, ids, labels.astype(np.int32), media, ({"path": id},) * count, pixels, category, tile_tokens=tokens
+    )
 
 
 def picture(*values):
@@ -70,7 +74,7 @@ def test_classes_stand_beside_their_tiles():
 def test_what_does_not_fit_is_an_error_that_names_the_sample():
     with pytest.raises(ValueError, match="4 tokens, more than 3; its last sample is b"):
         collate([[example("a", "aA"), example("b", "bB")]], length=3)
-    with pytest.raises(ValueError, match="2 images, more than 1; the last is of sample b"):
+    with pytest.raises(ValueError, match="2 tiles, more than 1; the last is of sample b"):
         collate([[example("b", "##B", picture(1, 2))]], tiles=1)
     with pytest.raises(ValueError, match="3 rows cannot be shared by 2 groups"):
         collate([[]] * 3, groups=2)

@@ -69,9 +69,9 @@ def test_features_and_what_the_connector_makes_of_them(tmp_path, source, params,
         for flipped in (False, True):
             pixels = PROCESSOR.pixels(dataset.image(name))[:, :: -1 if flipped else 1]
             kept = found.lookup("all", name, flipped)
-            assert kept.dtype == np.float16 and kept.shape == found.shape
+            assert kept.dtype == np.float16 and kept.shape == (1, *found.shape)
             direct = multimodal.encode_media(params, config, Batch(images=pixels[None, None]), Execution())
-            cached = multimodal.encode_media(params, config, Batch(features=kept[None, None]), Execution())
+            cached = multimodal.encode_media(params, config, Batch(features=kept[None]), Execution())
             np.testing.assert_allclose(cached, direct, atol=5e-3)
     assert not np.allclose(found.lookup("all", "0.png"), found.lookup("all", "0.png", True))
     with pytest.raises(BrokenImage, match="2.png"):
@@ -91,7 +91,7 @@ def test_made_once_and_again_when_something_changes(tmp_path, source, params, mo
 
     with monkeypatch.context() as patched:
         patched.setattr(features, "_fill", refuse)
-        assert make(tmp_path, source, params, devices=1).lookup("all", "0.png").shape == (4, 8)
+        assert make(tmp_path, source, params, devices=1).lookup("all", "0.png").shape == (1, 4, 8)
         for changed in (
             lambda: make(tmp_path, source, params, flip=False),
             lambda: make(tmp_path, source, {"vision": jax.tree.map(lambda leaf: leaf + 1, params["vision"])}),
@@ -150,7 +150,7 @@ def test_the_pipeline_feeds_them(tmp_path, source, params):
         tile = 0
         for row in info.ids:
             for id in row:
-                views = [found.lookup("all", f"{id[1]}.png", flipped) for flipped in (False, True)]
+                views = [found.lookup("all", f"{id[1]}.png", flipped)[0] for flipped in (False, True)]
                 seen |= {which for which, view in enumerate(views) if np.array_equal(view, batch.features[0, tile])}
                 tile += 1
         assert tile == batch.tiles.sum()

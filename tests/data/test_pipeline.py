@@ -263,7 +263,7 @@ def test_cached_features_take_the_place_of_pictures(small, encoder):
 
         def lookup(self, dataset, image, flipped=False):
             assert dataset == "mixed" and flipped is False
-            return np.full(self.shape, int(image.partition("-")[0]), np.float16)
+            return np.full((1, *self.shape), int(image.partition("-")[0]), np.float16)
 
     for batch, info in pipeline(small, encoder, processor=None, features=Cache()).batches():
         assert batch.images is None and batch.features.dtype == np.float16
