@@ -147,15 +147,22 @@ class Captions:
     split   "train": one sample for each caption; "eval": one for each picture, all its captions are answers
     prompt  what the user says beside the picture
     field   where the captions are; "" = the first of `captions`, `caption` and `en` that a row has
+    shown   false = the captions alone, as text for a language model that is to know them before it sees
     """
 
     def __init__(
-        self, path: str, images: str, split: str = "train", prompt: str = "Describe the image.", field: str = ""
+        self,
+        path: str,
+        images: str,
+        split: str = "train",
+        prompt: str = "Describe the image.",
+        field: str = "",
+        shown: bool = True,
     ):
         if split not in ("train", "eval"):
             raise UserError(f"captions: unknown split {split!r}; there are train and eval")
-        self._arguments = path, images, split, prompt, field
-        self._rows, self._store = Rows(path), stores.open_store(images)
+        self._arguments = path, images, split, prompt, field, shown
+        self._rows, self._store, self._shown = Rows(path), stores.open_store(images), shown
         self._split, self._prompt, self._fields = split, prompt, (field,) if field else ("captions", "caption", "en")
         self._samples = np.array(list(self._counted()), np.int64).reshape(-1, 2)  # row, caption
 
@@ -168,14 +175,12 @@ class Captions:
         id, captions = str(row.get("id", self._rows.id(number))), self._captions(row)
         if not captions or not isinstance(row.get("image"), str):
             raise BadSample(id, f"the row has no `image` or none of {', '.join(self._fields)}")
-        shown = captions[which]
+        caption = captions[which]
         if self._split == "train":
             id = f"{id}#{which}"
-        content = [{"type": "image", "path": row["image"]}, {"type": "text", "text": self._prompt}]
-        turns = [
-            {"role": "user", "content": content[: 2 if self._prompt else 1]},
-            {"role": "assistant", "content": shown},
-        ]
+        content = [{"type": "image", "path": row["image"]}] if self._shown else []
+        content += [{"type": "text", "text": self._prompt}] if self._prompt or not content else []
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
         return Sample(id, messages.validated(turns, id), "caption", tuple(captions))
 
     def image(self, name: str) -> Image.Image:
@@ -282,7 +287,7 @@ def _rows_opener(convert: Callable[[Mapping[str, Any], str], Sample]) -> Callabl
 
 
 def _captions(source: config.Source) -> Dataset:
-    _known_options(source, ("split", "prompt", "field"))
+    _known_options(source, ("split", "prompt", "field", "shown"))
     return Captions(source.path, source.images, **source.options)
 
 

@@ -1,0 +1,58 @@
+"""A recipe at its `tiny` size learns eight handwriting scenes by heart, through all of its stages: `python -m tests.configs.overfit NAME DIR`.
+
+Only the number of samples, the steps and the learning rates differ from `:tiny`: published rates are made for other sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from mmjax.config import Mesh, Recipe, Source, Stage, from_config_dict
+from mmjax.jobs import train
+from tests.configs import expand
+
+STEPS, RATE = 30, 5e-3
+
+
+def run(name: str, workdir: Path) -> dict[str, list[float]]:
+    """The losses of each stage, step by step."""
+    recipe = by_heart(from_config_dict(expand.config(name, "tiny")))
+    train.run(recipe, workdir)
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {stage: [line["loss"] for line in lines if line["stage"] == stage] for stage in recipe.run}
+
+
+def by_heart(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(
+        recipe,
+        stages={name: _stage(stage) for name, stage in recipe.stages.items()},
+        evaluations={},
+        mesh=Mesh(),
+        checkpoint=dataclasses.replace(recipe.checkpoint, every=0, keep_best=0, asynchronous=False),
+        logging=dataclasses.replace(recipe.logging, every=1, tensorboard=False),
+    )
+
+
+def _stage(stage: Stage) -> Stage:
+    return dataclasses.replace(
+        stage,
+        sources={name: _few(source) for name, source in stage.sources.items()},
+        validation=dataclasses.replace(stage.validation, sources={}, every=0),
+        rows=2,
+        steps=STEPS,
+        optimizer=dataclasses.replace(stage.optimizer, learning_rate=RATE, warmup_steps=0, warmup_ratio=0.1),
+        dtype="float32",
+        remat="none",
+    )
+
+
+def _few(source: Source) -> Source:
+    return dataclasses.replace(source, options={**source.options, "size": 8})
+
+
+if __name__ == "__main__":
+    found = run(sys.argv[1], Path(sys.argv[2]))
+    print(json.dumps({stage: [losses[0], sum(losses[-3:]) / 3] for stage, losses in found.items()}))

@@ -1,0 +1,185 @@
+"""Tries every recipe at its `tiny` size on real photographs, with the picture and without it.
+
+    python -m mmjax.main --config=configs/gallery_base.py            # once: a small language model and a small encoder
+    python -m tests.gallery workdirs/gallery_base/export             # every recipe: a table, and gallery.json beside it
+    python -m tests.gallery workdirs/gallery_base/export llava15 git # some of them
+
+A recipe runs through all of its own stages. What is changed: its parts are those of the base (parts that a recipe begins from
+nothing stay fresh), its data are Flickr8k's captions (documents of several pictures where it reads interleaved documents, the
+captions alone where it reads text), and its learning rates suit small models. Then it describes 500 held-out photographs, the same with the
+photographs shuffled among them, and without any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from mmjax.assembly import model_config
+from mmjax.config import Evaluation, Mesh, Part, Recipe, Source, Stage, from_config_dict
+from mmjax.config_parsing import to_dict
+from tests.configs import expand
+
+NOT_SYSTEMS = ("continue_from_hf", "flickr8k", "gallery_base", "quickstart")
+SAMPLES = 10_000  # captions a recipe is trained on, over all stages
+ROWS, IN_ROW = 8, 5  # rows of a step, and captions that a row has room for
+TEXT = 40  # tokens of a caption and what its template puts around it
+RATE = 3e-3
+HELD_OUT = 500
+DOCUMENTS = ("mmc4", "obelics")
+PROMPT = "Describe the image."
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.gallery", description=__doc__.splitlines()[0])
+    parser.add_argument("base", type=Path, help="directory of the small base model (an export of configs/gallery_base.py)")
+    parser.add_argument("recipes", nargs="*", help="names of recipes, with arguments after a colon; none = all")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/flickr8k"), help="directory of Flickr8k")
+    parser.add_argument("--out", type=Path, default=Path("workdirs/gallery"), help="where workdirs and the table go")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="captions a recipe is trained on")
+    parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    names = chosen.recipes or systems()
+    if chosen.alone:
+        return _train(photographs(names[0], chosen.base, chosen.data, chosen.samples), chosen.out)
+    rows = []
+    for name in names:
+        workdir = chosen.out / name.replace(":", "_").replace(",", "_").replace("=", "_")
+        began = time.perf_counter()
+        command = [sys.executable, "-m", "tests.gallery", str(chosen.base), name, "--alone", f"--samples={chosen.samples}"]
+        workdir.mkdir(parents=True, exist_ok=True)
+        with (workdir / "log.txt").open("w") as log:
+            more = [f"--data={chosen.data}", f"--out={workdir}"]
+            code = subprocess.run([*command, *more], stdout=log, stderr=subprocess.STDOUT).returncode
+        rows.append(_row(name, workdir, code, time.perf_counter() - began))
+        print(line(rows[-1]), flush=True)
+    (chosen.out / "gallery.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n" + table(rows))
+    return 0 if all(row["beats"] for row in rows) else 1
+
+
+def systems() -> list[str]:
+    """Every recipe that is a published system, by its default variant."""
+    return sorted({name for name, _ in expand.variants()} - set(NOT_SYSTEMS))
+
+
+def photographs(name: str, base: Path, data: Path, samples: int = SAMPLES) -> Recipe:
+    """The recipe `:tiny`, with the parts of `base` and with Flickr8k for data."""
+    name, _, argument = name.partition(":")
+    full = from_config_dict(expand.config(name, argument))
+    small = from_config_dict(expand.config(name, f"{argument},tiny"))
+    model = dataclasses.replace(small.model, llm=_part(full, "llm", small, base), vision=_part(full, "vision", small, base), dtype="float32")
+    recipe = dataclasses.replace(small, model=model, mesh=Mesh(cpu_devices=2))
+    tokens = model_config(recipe).tokens_per_tile
+    stages = {}
+    for stage in full.stages:
+        stages[stage] = _stage(recipe, stage, full.stages[stage], data, tokens, samples // len(full.run))
+    last = stages[full.run[-1]]
+    template = last.template or recipe.model.template
+    held_out = Evaluation(
+        source=_captions(data, "val", "eval", template),
+        metrics=("bleu", "cider"),
+        blind=True,
+        max_new_tokens=24,
+        batch=100,
+        limit=HELD_OUT,
+    )
+    return dataclasses.replace(
+        recipe,
+        stages=stages,
+        evaluations={"val": held_out},
+        checkpoint=dataclasses.replace(recipe.checkpoint, every=0, keep_best=0),
+        logging=dataclasses.replace(recipe.logging, every=20, tensorboard=False),
+    )
+
+
+def line(row: dict) -> str:
+    figures = [f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("seen", "shuffled", "withheld")]
+    verdict = "beats its blind twin" if row["beats"] else "DOES NOT beat its blind twin"
+    return f"{row['name']:<18} CIDEr-D {figures[0]}  shuffled {figures[1]}  withheld {figures[2]}  {row['seconds']:.0f} s  {verdict}"
+
+
+def table(rows: list[dict]) -> str:
+    """The rows in Markdown."""
+    head = "| recipe | stages | CIDEr-D | photographs shuffled | withheld | ratio | BLEU-4 | seconds |"
+    lines = [head, "|" + " --- |" * head.count(" | ") + " --- |"]
+    for row in rows:
+        if row["seen"] is None:
+            lines.append(f"| {row['name']} | failed | | | | | | {row['seconds']:.0f} |")
+            continue
+        ratio = row["seen"] / max(row["shuffled"], 1e-9)
+        cells = [row["name"], ", ".join(row["stages"]), *(f"{row[k]:.3f}" for k in ("seen", "shuffled", "withheld"))]
+        lines.append("| " + " | ".join([*cells, f"{ratio:.1f}", f"{row['bleu4']:.1f}", f"{row['seconds']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _train(recipe: Recipe, workdir: Path) -> int:
+    from mmjax.allocator import keep_freed_memory
+    from mmjax.jobs import train
+
+    keep_freed_memory()
+    logging.getLogger("jax").setLevel(logging.ERROR)
+    train.run(from_config_dict(to_dict(recipe)), workdir)
+    return 0
+
+
+def _row(name: str, workdir: Path, code: int, seconds: float) -> dict:
+    found = json.loads((workdir / "results.json").read_text()) if code == 0 else {}
+    seen, shuffled, withheld = (found.get(f"cider_d{suffix}") for suffix in ("", "_shuffled", "_withheld"))
+    stages = json.loads((workdir / "recipe.json").read_text())["run"] if code == 0 else []
+    beats = seen is not None and seen >= 1.5 * shuffled and seen > withheld
+    figures = {"seen": seen, "shuffled": shuffled, "withheld": withheld, "bleu4": found.get("bleu4")}
+    return {"name": name, "stages": stages, **figures, "seconds": seconds, "beats": beats}
+
+
+def _part(full: Recipe, which: str, small: Recipe, base: Path) -> Part:
+    """The base's part in place of a published one; a part that the recipe begins from nothing, or of a kind that the base has not, stays."""
+    published = full.model.path or getattr(full.model, which).path
+    own: Part = getattr(small.model, which)
+    encoder_decoder = which == "llm" and own.config.get("model_type") in ("t5", "mt5")
+    return Part(path=str(base)) if published and not encoder_decoder else own
+
+
+def _stage(recipe: Recipe, name: str, full: Stage, data: Path, tokens: int, samples: int) -> Stage:
+    small = recipe.stages[name]
+    template = small.template or recipe.model.template
+    sources = {key: _source(source, data, template) for key, source in full.sources.items()}
+    rows = max(ROWS, small.accumulate * 2)
+    optimizer = dataclasses.replace(small.optimizer, learning_rate=RATE, schedule="cosine", warmup_steps=0, warmup_ratio=0.1, clip_norm=1.0)
+    return dataclasses.replace(
+        small,
+        sources=sources,
+        validation=dataclasses.replace(small.validation, sources={}, every=0),
+        steps=max(1, samples // (rows * IN_ROW)),
+        rows=rows,
+        length=IN_ROW * (tokens + TEXT),
+        tiles=IN_ROW if small.tiles else 0,
+        optimizer=optimizer,
+        dtype="float32",
+        remat="none",
+    )
+
+
+def _source(source: Source, data: Path, template: str) -> Source:
+    if not source.images and source.kind not in DOCUMENTS:
+        return _captions(data, "train", "train", template, shown=False)
+    return dataclasses.replace(_captions(data, "train", "train", template), weight=source.weight)
+
+
+def _captions(data: Path, part: str, split: str, template: str, **options) -> Source:
+    images = "images_train-*.tar" if part == "train" else f"images_{part}.tar"
+    prompt = "" if template == "plain" else PROMPT
+    options = {"split": split, "prompt": prompt, **options}
+    return Source(kind="captions", path=f"{data}/captions_{part}.jsonl.gz", images=f"{data}/{images}", options=options)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    sys.exit(main(sys.argv[1:]))
