@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import ModuleType
 
 from ml_collections import ConfigDict
 
@@ -27,13 +28,18 @@ def variants() -> list[tuple[str, str]]:
     return [(name, argument) for name in names for argument in ARGUMENTS.get(name, ("",))]
 
 
-def config(name: str, argument: str) -> ConfigDict:
-    """What the recipe's file hands to the command."""
+def module(name: str) -> ModuleType:
+    """The recipe's file."""
     spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "configs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def config(name: str, argument: str) -> ConfigDict:
+    """What the recipe's file hands to the command."""
+    return module(name).get_config(argument)
 
 
 def path(name: str, argument: str) -> Path:
