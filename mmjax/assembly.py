@@ -232,7 +232,7 @@ def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, 
             image_std=own.std if own else source.config.image_std,
             image_aspect=source.config.image_aspect,
         )
-        foreign = source.foreign.get({"llm": "text_config", "vision": "vision_config"}[name], source.foreign)
+        foreign = source.family.sections(source.foreign)[name] or source.foreign
         family = (parts.language if name == "llm" else parts.vision)(
             _typed(foreign, source.foreign, name), f"model.{name}"
         )

@@ -67,8 +67,18 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
     )
     held = dtype or _sizes(tensors).most_common(1)[0][0]
     (path / "config.json").write_text(json.dumps(_with_dtype(foreign, held), indent=2) + "\n")
-    safetensors.write(tensors, path)
-    _write_rest(model, foreign, path)
+    folders = family.folders(foreign)
+    if not folders:
+        safetensors.write(tensors, path)
+    for folder in folders.values():
+        own = [
+            dataclasses.replace(tensor, name=tensor.name.removeprefix(folder.prefix))
+            for tensor in tensors
+            if tensor.name.startswith(folder.prefix)
+        ]
+        safetensors.write(own, path / folder.name)
+        (path / folder.name / "config.json").write_text(json.dumps(_with_dtype(foreign[folder.section], held), indent=2) + "\n")
+    _write_rest(model, family, foreign, path)
 
 
 def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", dtype: str = "") -> None:
@@ -232,15 +242,17 @@ def _with_dtype(foreign: Config, dtype: str) -> Config:
     return {**written, "dtype": dtype}
 
 
-def _write_rest(model: Model, foreign: Config, path: Path) -> None:
-    """Tokenizer, chat template, image processor, generation_config."""
+def _write_rest(model: Model, family: Family, foreign: Config, path: Path) -> None:
+    """Tokenizer, chat template, image processor, generation_config, each where the layout has its part."""
+    homes = {part: path / folder.name for part, folder in family.folders(foreign).items()}
+    home = homes.get("llm", path)
     if model.tokenizer is not None:
-        write_tokenizer(model.tokenizer, model.template, path, model.image_start, model.image_end)
+        write_tokenizer(model.tokenizer, model.template, home, model.image_start, model.image_end)
     if model.image_processor is not None:
         strategy = str(foreign.get("vision_feature_select_strategy", ""))
-        write_image_processor(model.image_processor, model.config, path, strategy)
+        write_image_processor(model.image_processor, model.config, homes.get("vision", path), strategy)
     if model.config.llm is not None:
-        text = foreign.get("text_config", foreign)
+        text = family.sections(foreign)["llm"] or foreign
         ids = {
             name: model.generation.get(name, text.get(name))
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
@@ -251,4 +263,4 @@ def _write_rest(model: Model, foreign: Config, path: Path) -> None:
         # Once there is this file nobody asks the config.json, where old ones have such settings.
         old = {} if model.generation else asked({**text, **foreign})
         kept = {**old, **model.generation, **{name: value for name, value in ids.items() if value is not None}}
-        (path / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")
+        (home / "generation_config.json").write_text(json.dumps(kept, indent=2) + "\n")

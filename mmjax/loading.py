@@ -76,14 +76,20 @@ def load(
 def from_published(source: Published, params: Params, dtype: str, template: str) -> Model:
     """The model of a directory whose leaves are read."""
     directory, foreign = source.directory, source.foreign
-    generation = directory / "generation_config.json"
-    tokenizer = read_tokenizer(directory) if has_tokenizer(directory) else None
+    generation = [place / "generation_config.json" for place in source.places]
+    generation = [path for path in generation if path.is_file()]
+    tokenizer = next((read_tokenizer(place) for place in source.places if has_tokenizer(place)), None)
     processor = None
     if source.config.vision is not None:
         processor = read_image_processor(directory, source.config)
         if processor is None and source.config.connector is not None:
-            aspect = {"pad": "pad", "square": "crop"}.get(str(foreign.get("image_aspect_ratio")), "")
-            processor = image_processor(source.config, aspect=aspect)
+            named = {"pad": "pad", "square": "crop", "resize": "squash"}
+            aspect = named.get(str(foreign.get("image_aspect_ratio")), "")
+            processor = published.own_image_processor(source.places, source.config)  # the encoder's own
+            if processor is None:
+                processor = image_processor(source.config, aspect=aspect)
+            elif aspect:
+                processor = dataclasses.replace(processor, aspect=aspect)
     delimited = bool(foreign.get("mm_use_im_start_end", False))
     return Model(
         config=source.config,
@@ -96,7 +102,7 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
         image_processor=processor,
         image_start="<im_start>" if delimited else "",
         image_end="<im_end>" if delimited else "",
-        generation=read_json(generation) if generation.is_file() else {},
+        generation=read_json(generation[0]) if generation else {},
         bases=published.bases(source),
     )
 

@@ -155,7 +155,7 @@ class Model:
         for name in settings:
             if name not in known:
                 raise UserError(f"unknown setting of generation {name!r}; known are {', '.join(known)}")
-        asked = self.generation or {**self.foreign.get("text_config", {}), **self.foreign}
+        asked = self.generation or {**self.family.sections(self.foreign)["llm"], **self.foreign}
         ids = {"end": () if ignore_eos else self.end_ids, "pad": self.pad_id}
         try:
             return Sampling(**{**ids, **from_file(asked), **settings, "max_new_tokens": max_new_tokens})
@@ -173,7 +173,7 @@ class Model:
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a text: those of generation_config.json, else of config.json."""
-        for place in (self.generation, self.foreign, self.foreign.get("text_config", {})):
+        for place in (self.generation, self.foreign, self.family.sections(self.foreign)["llm"]):
             if (value := place.get("eos_token_id")) is not None:
                 return tuple(value) if isinstance(value, list) else (value,)
         return ()
@@ -209,7 +209,7 @@ class Model:
     @property
     def _padding(self) -> int | None:
         """The padding id that the directory names."""
-        places = (self.generation,) if self.generation else (self.foreign, self.foreign.get("text_config", {}))
+        places = (self.generation,) if self.generation else (self.foreign, self.family.sections(self.foreign)["llm"])
         return next((place["pad_token_id"] for place in places if place.get("pad_token_id") is not None), None)
 
     def _masked(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ from typing import Any
 from mmjax import hub, tree
 from mmjax.checkpoints import weights
 from mmjax.checkpoints.safetensors import Stored
+from mmjax.data.images import ImageProcessor
 from mmjax.errors import UserError
 from mmjax.families import find, keys
 from mmjax.families.family import Config, Family
@@ -33,6 +34,11 @@ class Published:
     foreign: Config
     family: Family
     config: ModelConfig
+
+    @property
+    def places(self) -> list[Path]:
+        """The directory, and the sub-folders in which it has its parts."""
+        return [self.directory, *_folders(self.directory, self.family, self.foreign).values()]
 
 
 def locate(name: str, near: Path | None = None) -> Path:
@@ -67,26 +73,30 @@ def open_published(directory: Path) -> Published:
     foreign = read_json(directory / "config.json")
     family = find(foreign, where)
     if family.complete is not None and any((directory / name).is_file() for name in weights.NAMES):
-        foreign = family.complete(foreign, _tensors(directory, family))
+        foreign = family.complete(foreign, _tensors(directory, family, foreign))
     for part, name in family.external(foreign).items():
         # The config of a part that is published elsewhere stands only there.
         if not foreign.get(f"{part}_config"):
             other = open_published(locate(name, directory)).foreign
             foreign = {**foreign, f"{part}_config": other.get(f"{part}_config", other)}
-    return Published(directory, foreign, family, _as_prepared(directory, family.read_config(foreign, where)))
+    read = Published(directory, foreign, family, family.read_config(foreign, where))
+    return dataclasses.replace(read, config=_as_prepared(read.places, read.config))
 
 
-def _as_prepared(directory: Path, config: ModelConfig) -> ModelConfig:
+def own_image_processor(places: list[Path], config: ModelConfig) -> ImageProcessor | None:
+    """The image processor of the first place that has the file of one."""
+    return next((found for place in places if (found := read_image_processor(place, config)) is not None), None)
+
+
+def _as_prepared(places: list[Path], config: ModelConfig) -> ModelConfig:
     """A multimodal model at the size that its image processor gives pictures: its encoder may have been made for another."""
     if config.connector is None or not isinstance(config.vision, ViTConfig):
         return config
-    processor = read_image_processor(directory, config)
+    processor = own_image_processor(places, config)
     return config.at_size(processor.height) if processor and processor.height == processor.width else config
 
 
-def load_leaves(
-    source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = True
-) -> Params:
+def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = None, check_finite: bool = True) -> Params:
     """All leaves of a published model; a part that the directory lacks is read where its config says that it is
     published.
     """
@@ -119,13 +129,22 @@ def load_part(
     return _load(source, stored, rules, dtype, shardings, check_finite)
 
 
-def _tensors(directory: Path, family: Family) -> dict[str, Stored]:
-    return keys.renamed(weights.read(directory), family.spellings)
+def _tensors(directory: Path, family: Family, foreign: Config) -> dict[str, Stored]:
+    places = _folders(directory, family, foreign) or {"": directory}
+    stored = {prefix + name: tensor for prefix, place in places.items() for name, tensor in weights.read(place).items()}
+    return keys.renamed(stored, family.spellings)
+
+
+def _folders(directory: Path, family: Family, foreign: Config) -> dict[str, Path]:
+    """Prefix of tensors -> sub-folder; empty where the weights stand in the directory itself."""
+    if any((directory / name).is_file() for name in weights.NAMES):
+        return {}
+    return {folder.prefix: directory / folder.name for folder in family.folders(foreign).values()}
 
 
 def _stored(source: Published) -> dict[str, Stored]:
     """The tensors under the names of the key table. Of tied weights a file may hold only the copy."""
-    stored = _tensors(source.directory, source.family)
+    stored = _tensors(source.directory, source.family, source.foreign)
     for copy, original in source.family.copies(source.config).items():
         if original not in stored and copy in stored:
             stored[original] = stored[copy]
@@ -184,7 +203,7 @@ def bases(source: Published) -> dict[str, str]:
         for name in source.family.external(source.foreign).values()
         if _at_hand(name, source)
     ]
-    return {str(directory): fingerprint(directory) for directory in (source.directory, *others)}
+    return {str(directory): fingerprint(directory) for directory in (*source.places, *others)}
 
 
 def _at_hand(name: str, source: Published) -> bool:

@@ -83,6 +83,8 @@ def run(directory: Path) -> Result:
     missing = sorted(set(wanted) - set(found))
     difference = relative = 0.0
     wrong = []
+    if "generated_ids" in found:  # some references went on from their first rows only
+        found["generated_ids"] = found["generated_ids"][: len(wanted["generated_ids"])]
     for name in sorted(set(wanted) & set(found)):
         apart, allowed = _apart(np.asarray(found[name]), wanted[name], name, inputs, reference)
         scale = float(np.abs(wanted[name].astype(np.float64)).max()) if wanted[name].size else 0.0

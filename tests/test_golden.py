@@ -15,6 +15,7 @@ GATED = (
 DIRECTORIES = [
     "llava/clip_mlp_two_rows",
     "llava_llama/mlp2x_gelu_right_padded",
+    "vila/vila15_mlp_downsample_odd_grid_two_rows",
     *(f"label_mask/{name}" for name in ("v1", "plain", "llava_llama_2", "mpt", "v0_no_bos_tokenizer")),
     *(f"image_processor/{name}" for name in ("clip_shortest_edge_center_crop", "llava_pad_square", "siglip_squash")),
     *(f"image_processor/{name}" for name in ("blip_squash", "git_center_crop", "idefics", "internvl_dynamic_tiles")),

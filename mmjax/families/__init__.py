@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip, siglip2, text_towers
+from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip, siglip2, text_towers, vila
 from mmjax.families.family import Config, Family
 
 FAMILIES = (
     llava.FAMILY,
+    vila.FAMILY,
     llava_llama.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
@@ -22,7 +23,5 @@ FAMILIES = (
 
 def find(config: Config, where: str = "config.json") -> Family:
     """The family that a config.json names. Raises UserError for an unknown one."""
-    # The first LLaVA files called their own layout by the name that transformers took later.
-    if config.get("model_type") == "llava" and "mm_vision_tower" in config and "text_config" not in config:
-        return llava_llama.FAMILY
-    return parts.choose(FAMILIES, config, where)
+    claimed = (family for family in FAMILIES if family.claims(config))
+    return next(claimed, None) or parts.choose(FAMILIES, config, where)

@@ -19,6 +19,16 @@ Inputs = Mapping[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
+class Folder:
+    """A sub-folder with one part of a model: its name, what the key table puts before the names of its tensors, and the section of
+    the whole's config.json that it has as its own."""
+
+    name: str
+    prefix: str
+    section: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """A family's configuration, key table and names of inputs and outputs.
 
@@ -39,6 +49,9 @@ class Family:
                    are weights
     copies         foreign tensors that may be stored although they are tied to others: name -> original
     unused         regular expressions of foreign tensors that are not weights
+    claims         whether a config.json is this family's although its model_type does not say so (or says more)
+    sections       config.json -> the configs of its parts, by part ("llm", "vision"); empty where they stand among the others
+    folders        config.json -> the sub-folders among which its parts are spread, by part ("llm", "vision", "connector")
     external       config.json -> parts of the model whose weights may be published elsewhere: "vision" -> a directory
                    or repository id
     unneeded       globs of our leaves that the family has no place for because it never uses them
@@ -58,6 +71,12 @@ class Family:
     complete: Callable[[Config, Mapping[str, Stored]], Config] | None = None
     copies: Callable[[ModelConfig], dict[str, str]] = lambda config: {}
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"\.position_ids$")
+    claims: Callable[[Config], bool] = lambda config: False
+    sections: Callable[[Config], dict[str, Config]] = lambda config: {
+        "llm": config.get("text_config", {}),
+        "vision": config.get("vision_config", {}),
+    }
+    folders: Callable[[Config], dict[str, Folder]] = lambda config: {}
     external: Callable[[Config], dict[str, str]] = lambda config: {}
     unneeded: tuple[str, ...] = ()
     modules: tuple[tuple[str, str], ...] = ()

@@ -1,7 +1,6 @@
 """LLaVA in its authors' own layout (github.com/haotian-liu/LLaVA): `model_type` llava_llama or llava_mistral.
 
-`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order, one also by every
-row without any. The vision tower is often published apart: the config names it in `mm_vision_tower`.
+`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order. The vision tower is often published apart: the config names it in `mm_vision_tower`.
 """
 
 from __future__ import annotations
@@ -166,8 +165,9 @@ def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
 def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch, np.ndarray]:
     """The batch with every -200 replaced by its image's tokens, and its labels [rows, length].
 
-    Rows are cut to `tokenizer_model_max_length` and padded on `tokenizer_padding_side`. Raises UserError where images
-    and ids do not agree.
+    Rows are cut to `tokenizer_model_max_length` and padded on `tokenizer_padding_side`. A row without images may bring one of which
+    nothing is used, as in LLaVA's code, or none, as in VILA's: the number of images tells. Raises UserError where images and
+    ids do not agree.
     """
     if "input_ids" not in inputs:
         raise UserError("input_ids are missing")
@@ -177,23 +177,23 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     images = vision.pixels(inputs, "images") if "images" in inputs else None
     config = config.for_pictures(*images.shape[1:3]) if images is not None else config
     tokens, longest = config.tokens_per_tile, foreign.get("tokenizer_model_max_length")
+    count = 0 if images is None else len(images)
+    wanted = [int((row[keep] == IMAGE).sum()) for row, keep in zip(ids, mask)]
+    blank = wanted.count(0)  # rows without images
+    if count not in (sum(wanted), sum(wanted) + blank * (images is not None)):
+        each = f" (or {sum(wanted) + blank}, with one for each row that has none)" if blank else ""
+        raise UserError(f"input_ids ask for {sum(wanted)} images, one for each {IMAGE}{each}, but {count} are given")
+    passed_over = int(count > sum(wanted))
     rows, image = [], 0
     for row, keep, targets in zip(ids, mask, labels):
         row, targets = row[keep], targets[keep]
-        marks = np.nonzero(row == IMAGE)[0]
         at = np.repeat(np.arange(len(row)), np.where(row == IMAGE, tokens, 1))
         is_media = row[at] == IMAGE
         media = np.full(len(at), -1)
         media[is_media] = image * tokens + np.arange(is_media.sum())
-        # A row without images still takes one and uses none of it, as in the authors' code.
-        image += max(len(marks), 1) if images is not None else len(marks)
+        image += int((row == IMAGE).sum()) or passed_over
         spliced = np.where(is_media, 0, row[at]), np.where(is_media, IGNORED, targets[at]), media
         rows.append([field[:longest] for field in spliced])
-    if image != (0 if images is None else len(images)):
-        raise UserError(
-            f"input_ids ask for {image} images (one for each {IMAGE}, and one for each row that has none), but "
-            f"{0 if images is None else len(images)} are given"
-        )
     length = max(len(row[0]) for row in rows)
     left = foreign.get("tokenizer_padding_side", "right") == "left"
 
@@ -215,7 +215,7 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     return llava.with_images(text, images), spliced_labels
 
 
-def _outputs(
+def outputs(
     params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
 ) -> dict[str, Any]:
     rows, labels = splice(config, foreign, inputs)
@@ -238,7 +238,7 @@ FAMILY = Family(
     write_config=_write,
     rules=_rules,
     inputs=("input_ids", "attention_mask", "labels", "images"),
-    outputs=_outputs,
+    outputs=outputs,
     prompt=batch,
     spellings=(
         (r"^model\.vision_tower\.vision_tower\." + llava.TOWER, "model.vision_tower.vision_tower.vision_model."),
@@ -246,6 +246,10 @@ FAMILY = Family(
     ),
     copies=lambda config: (
         {"lm_head.weight": "model.embed_tokens.weight"} if config.llm and config.llm.tied_head else {}
+    ),
+    # The first files called this layout by the name that transformers took later.
+    claims=lambda config: (
+        config.get("model_type") == "llava" and "mm_vision_tower" in config and "text_config" not in config
     ),
     external=lambda config: {"vision": config["mm_vision_tower"]} if config.get("mm_vision_tower") else {},
     unneeded=("vision/head/**", "vision/projection/**"),

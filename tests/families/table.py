@@ -31,6 +31,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
         "logits and greedy tokens recorded from LLaVA's own code around a Llama",
         {"llava_llama", "llava", "llava_mistral", "llava_qwen"},
     ),
+    "test_vila": ("logits and greedy tokens around transformers' parts, folders both ways; recorded ones of VILA's code", {"vila"}),
     "test_any_language_model": ("what is written is read back with equal logits", {"mmjax"}),
 }
 
