@@ -186,9 +186,9 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         if (directory / "recipe.json").is_file():
             before = recipes.read_recipe(directory)
             earlier, family, foreign = _described(before, _trained_size(directory))
-            return _with_adapters(_with_new_rows(earlier, before.model), section), family, foreign
+            return _with_adapters_and_mask(_with_new_rows(earlier, before.model), section), family, foreign
         source = open_published(directory)
-        return _with_adapters(source.config, section), source.family, source.foreign
+        return _with_adapters_and_mask(source.config, section), source.family, source.foreign
     found: dict[str, tuple[ModelConfig, Family, Config]] = {}
     for name in ("llm", "vision"):
         part: Part = getattr(section, name)
@@ -197,7 +197,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     features = FeatureSpec(tuple(section.feature_layers), section.keep_class_token, section.post_norm)
     if len(found) == 1:
         config, family, foreign = next(iter(found.values()))
-        return _with_adapters(dataclasses.replace(config, features=features), section), family, foreign
+        return _with_adapters_and_mask(dataclasses.replace(config, features=features), section), family, foreign
     if not found:
         raise UserError("model: neither llm nor vision is given")
     language, tower = found["llm"][0], found["vision"][0]
@@ -215,7 +215,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         image_std=tuple(std),
     )
     foreign = {"model_type": "mmjax", "text_config": found["llm"][2], "vision_config": found["vision"][2]}
-    return _with_adapters(config, section), composed.FAMILY, foreign
+    return _with_adapters_and_mask(config, section), composed.FAMILY, foreign
 
 
 def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, Config]:
@@ -278,12 +278,12 @@ def _source(part: Part, key: str, weights: bool = False) -> Published | Config |
         raise UserError(f"{key}.path: {error}") from error
 
 
-def _with_adapters(config: ModelConfig, section: recipes.Model) -> ModelConfig:
+def _with_adapters_and_mask(config: ModelConfig, section: recipes.Model) -> ModelConfig:
     added = tuple(
         LoraConfig(name, a.rank, a.alpha, tuple(a.targets), a.dropout, a.rank_stabilised)
         for name, a in section.adapters.items()
     )
-    return dataclasses.replace(config, adapters=config.adapters + added)
+    return dataclasses.replace(config, adapters=config.adapters + added, mask=section.mask or config.mask)
 
 
 def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Params | None) -> Params:
@@ -333,7 +333,7 @@ def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
     section = recipe.model
     places = shardings(multimodal.shapes(model_config(recipe))) if shardings else None
     base = load(section.path, section.dtype, shardings=places)
-    config = _with_adapters(base.config, section)
+    config = _with_adapters_and_mask(base.config, section)
     drawn = lora.add_lora(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
     own = frozenset(tree.flatten(drawn)) - frozenset(tree.flatten(base.params))
     bases = {section.path: published.fingerprint(locate(section.path))}

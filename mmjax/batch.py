@@ -20,7 +20,8 @@ class Batch:
 
     tokens      int32 [rows, length]   token ids; 0 at media positions and at padding
     segments    int32 [rows, length]   0 = padding; 1, 2, ... = the packed samples of the row
-    positions   int32 [rows, length]   position within the sample
+    positions   int32 [rows, length]   position within the sample; [rows, length, axes] where a position has several (M-RoPE)
+    spans       int32 [rows, length]   positions of one sample with equal numbers above 0 see each other, whatever is causal; None = no two
     media       int32 [rows, length]   index of the media token spliced here, -1 at text
     targets     int32 [rows, length]   the id to be predicted *from* this position (already shifted)
     weights     float32 [rows, length] weight of that prediction in the loss, 0 = not supervised
@@ -35,6 +36,7 @@ class Batch:
     tokens: Any = None
     segments: Any = None
     positions: Any = None
+    spans: Any = None
     media: Any = None
     targets: Any = None
     weights: Any = None

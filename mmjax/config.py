@@ -140,6 +140,8 @@ class Model:
 
     path            a whole multimodal checkpoint (HF llava layout, LLaVA's original layout, or an mmjax workdir); the parts below are
                     then read from it and must be left at their defaults
+    mask            who sees whom: "causal"; "prefix" (a prompt's tokens see each other both ways: PaliGemma); "media" (an image's do:
+                    Gemma 3, GIT); "" = as `path` has it, causal where the parts are joined here
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
     new_tokens      tokens that the tokenizer is to have (delimiters, states, speech units). Each gets rows of its own in the
@@ -159,6 +161,7 @@ class Model:
     post_norm: bool = False
     image: Image = dataclasses.field(default_factory=Image)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
+    mask: Literal["", "causal", "prefix", "media"] = ""
     template: str = "v1"
     system: str | None = None
     image_start: str = ""

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from mmjax import tree, vocabulary
+from mmjax.batch import Batch
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
 from mmjax.data.images import ImageProcessor, size_of
@@ -112,7 +113,7 @@ class Model:
     ) -> list[str]:
         """The answers to several conversations, generated together."""
         examples = [self.prompt(Sample(f"conversation {i}", validated(list(c)))) for i, c in enumerate(conversations)]
-        batch = collate([[example] for example in examples])
+        batch = self.collate([[example] for example in examples])
         settings = self.sampling(max_new_tokens, **sampling)
         ended = self.ended((*stop, *self.stops), settings)
         tokens = generate_tokens(self.params, self.config, batch, settings, self.run, ended=ended).tokens
@@ -136,9 +137,8 @@ class Model:
             )
             raise UserError(f"this model has no {missing}, so it takes ids, but no messages")
         tokens = self.config.tokens_per_tile
-        return Encoder(
-            self.tokenizer, self.template, tokens, self.image_start, self.image_end, max_length, self._pictures()
-        )
+        delimiters = self.image_start, self.image_end
+        return Encoder(self.tokenizer, self.template, tokens, *delimiters, max_length, self._pictures(), **self._collation)
 
     def _pictures(self) -> PictureTokens | None:
         """How a picture's tiles become tokens; None where it is one tile and its tokens as they come."""
@@ -148,6 +148,15 @@ class Model:
             return None
         tile = processor.shape[:2] if processor else (0, 0)
         return PictureTokens(connector.tokens, tile, tiling, connector.merge)
+
+    def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
+        """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate."""
+        return collate(rows, **self._collation, **settings)
+
+    @property
+    def _collation(self) -> dict[str, Any]:
+        llm = self.config.llm
+        return {"mask": self.config.mask, "media_positions": llm is None or not llm.media_as_they_are}
 
     def sampling(self, max_new_tokens: int, *, ignore_eos: bool = False, **settings: Any) -> Sampling:
         """Settings of generation with this model's ids for the end and for padding."""

@@ -9,6 +9,8 @@ import numpy as np
 from mmjax.batch import Batch
 from mmjax.data.encoding import IGNORED, Example
 from mmjax.data.picture_tokens import NEWLINE
+from mmjax.models.config import MaskKind
+from mmjax.spans import spans_of
 
 
 def collate(
@@ -18,6 +20,8 @@ def collate(
     groups: int = 1,
     tiles: int = 0,
     media_shape: tuple[int, ...] = (),
+    mask: MaskKind = "causal",
+    media_positions: bool = True,
 ) -> Batch:
     """A Batch of these rows, each with one or several samples, padded on the right.
 
@@ -25,6 +29,8 @@ def collate(
     groups        row r of R goes to group r // (R // groups), and so do its images
     tiles         image tiles of a group, dummies included; 0 = as many as the fullest group has
     media_shape   shape of one tile's `pixels`, for the dummies of a batch without images; () = taken from the images
+    mask          who sees whom beside what stands before (see mmjax.spans)
+    media_positions   whether media tokens are counted in positions; else the text alone (GIT)
 
     Without any token (classification) the token fields are None, without any tile the image fields.
     Raises ValueError where something does not fit.
@@ -35,10 +41,13 @@ def collate(
     fed = [[example for row in group for example in row if example.images] for group in grouped]
     tiles = tiles or max(sum(example.tile_count for example in group) for group in fed)
     length = length or max((sum(len(example.ids) for example in row) for row in rows), default=0)
-    return Batch(**(_tokens(grouped, length, tiles) if length else {}), **(_media(fed, tiles, media_shape) if tiles else {}))
+    tokens = _tokens(grouped, length, tiles, mask, media_positions) if length else {}
+    return Batch(**tokens, **(_media(fed, tiles, media_shape) if tiles else {}))
 
 
-def _tokens(grouped: Sequence[Sequence[Sequence[Example]]], length: int, tiles: int) -> dict[str, np.ndarray]:
+def _tokens(
+    grouped: Sequence[Sequence[Sequence[Example]]], length: int, tiles: int, mask: MaskKind, media_positions: bool
+) -> dict[str, np.ndarray]:
     shape = sum(map(len, grouped)), length
     fields = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "positions", "targets")}
     fields |= {"media": np.full(shape, -1, np.int32), "weights": np.zeros(shape, np.float32)}
@@ -54,15 +63,17 @@ def _tokens(grouped: Sequence[Sequence[Sequence[Example]]], length: int, tiles: 
                     raise ValueError(f"a row holds {at} tokens, more than {length}; its last sample is {example.id}")
                 fields["tokens"][here] = example.ids
                 fields["segments"][here] = segment
-                fields["positions"][here] = np.arange(len(example.ids))
                 media = np.where(example.media >= 0, example.media + before * example.tile_tokens, -1)
                 fields["media"][here] = np.where(example.media == NEWLINE, tiles * example.tile_tokens, media)
                 before += example.tile_count
+                counted = media_positions | (fields["media"][here] < 0)
+                fields["positions"][here] = np.maximum(np.cumsum(counted) - 1, 0)
                 following = np.append(example.labels[1:], IGNORED)
                 fields["targets"][here] = np.where(following == IGNORED, 0, following)
                 fields["weights"][here] = following != IGNORED
             number += 1
-    return fields
+    spans = spans_of(mask, fields["segments"], fields["media"] >= 0, fields["weights"] > 0)
+    return fields if spans is None else {**fields, "spans": spans}
 
 
 def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -15,6 +15,7 @@ from mmjax.data.messages import BadSample, Sample
 from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.templates import Segment, Template, starts_with_bos
 from mmjax.errors import UserError
+from mmjax.models.config import MaskKind
 
 IGNORED = -100
 SizeOf = Callable[[dict[str, Any]], tuple[int, int]]
@@ -60,6 +61,7 @@ class Encoder:
     image_start, image_end   text around each image, e.g. "<im_start>"
     max_length               longer samples are cut, never inside an image; 0 = no limit
     pictures                 how many tiles and tokens an image has by its size; None = it is one tile, whatever its size
+    mask, media_positions    how its examples are collated (see mmjax.data.collation.collate)
 
     The text between two images is tokenised on its own, and the tokenizer's start token is put once, as LLaVA does.
     """
@@ -71,6 +73,8 @@ class Encoder:
     image_end: str = ""
     max_length: int = 0
     pictures: PictureTokens | None = None
+    mask: MaskKind = "causal"
+    media_positions: bool = True
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:

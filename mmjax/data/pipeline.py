@@ -182,6 +182,7 @@ class Pipeline:
             groups=self.groups,
             tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
             media_shape=shape,
+            **({"mask": self.encoder.mask, "media_positions": self.encoder.media_positions} if self.encoder else {}),
         )
         if not language and batch.classes is None and batch.tiles is not None:
             batch = dataclasses.replace(batch, classes=np.full(batch.tiles.shape, -1, np.int32))

@@ -7,6 +7,7 @@ The parts keep their published configs and tensor names, below `text_config` / `
 from __future__ import annotations
 
 import dataclasses
+from typing import get_args
 
 from mmjax import tree
 from mmjax.errors import UserError
@@ -15,7 +16,7 @@ from mmjax.families.family import Config
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, prefixed, rule, same, transposed
 from mmjax.models import connectors, multimodal
-from mmjax.models.config import ModelConfig
+from mmjax.models.config import MaskKind, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec
 
 
@@ -40,7 +41,15 @@ def _read(config: Config, where: str) -> ModelConfig:
         features=spec,
         image_mean=tuple(fields.need("image_mean")),
         image_std=tuple(fields.need("image_std")),
+        mask=_mask(fields),
     )
+
+
+def _mask(fields: Fields) -> MaskKind:
+    found = fields.get("mask", "causal")
+    if found not in get_args(MaskKind):
+        raise UserError(f"{fields.where}: mask = {found!r} is not supported (only {', '.join(get_args(MaskKind))})")
+    return found
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
@@ -56,6 +65,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "features": dataclasses.asdict(config.features),
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
+        "mask": config.mask,
         "image_token_index": llava.placeholder(base),
     }
 

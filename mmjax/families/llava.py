@@ -95,6 +95,8 @@ def expressible(config: ModelConfig, text: Config, image: Config) -> str:
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
+    if config.mask != "causal":
+        return f"its mask is causal, not {config.mask!r}"
     if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width) or c.grid or c.input_norm or c.squeeze_width:
         return "its connector is a two-layer MLP as wide as the language model, over every position"
     if image["model_type"] not in FIXED_SIZE + ANY_SIZE:

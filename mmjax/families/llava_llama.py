@@ -102,6 +102,8 @@ def expressible(config: ModelConfig) -> str:
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
+    if config.mask != "causal":
+        return f"its mask is causal, not {config.mask!r}"
     if (
         c.kind not in ("linear", "mlp", "identity")
         or c.hidden_width not in (0, c.out_width)

@@ -9,7 +9,6 @@ from typing import Any
 
 from PIL import Image
 
-from mmjax.data.collation import collate
 from mmjax.data.encoding import Example
 from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, Sample, question
@@ -47,7 +46,7 @@ def answer(
             continue
         # The last batch is filled up with a question that is there anyway.
         rows = [[example] for example in examples + examples[-1:] * (batch - len(examples))]
-        together = collate(rows, groups=groups, tiles=_room(rows, groups))
+        together = model.collate(rows, groups=groups, tiles=_room(rows, groups))
         tokens = iter(generate(model.params, model.config, together, settings, model.run, ended=ended).tokens)
         for sample, example in zip(chunk, prepared):
             yield sample, example if isinstance(example, BadSample) else model.text(next(tokens), stop)

@@ -126,6 +126,8 @@ def _prompts(config: DecoderConfig, batch: Batch) -> Batch:
     """The batch on the host, an encoder-decoder's with what its decoder begins with."""
     fields = {name: np.asarray(getattr(batch, name)) for name in ("tokens", "segments", "positions")}
     media = np.full_like(fields["tokens"], -1) if batch.media is None else np.asarray(batch.media)
+    if batch.spans is not None:
+        fields["spans"] = np.asarray(batch.spans)
     batch = dataclasses.replace(batch, **fields, media=media, targets=None, weights=None)
     if config.encoder is None or batch.decoder_tokens is not None:
         return batch
@@ -137,7 +139,7 @@ def repeated(batch: Batch, times: int) -> Batch:
     """Every row so many times, one after another; rows stay in the group of their media."""
     if times == 1:
         return batch
-    in_rows = ("tokens", "segments", "positions", "media", "decoder_tokens", "decoder_segments")
+    in_rows = ("tokens", "segments", "positions", "spans", "media", "decoder_tokens", "decoder_segments")
     fields = {name: np.repeat(getattr(batch, name), times, 0) for name in in_rows if getattr(batch, name) is not None}
     return dataclasses.replace(batch, **fields)
 
@@ -146,6 +148,8 @@ def pad_prompt(batch: Batch) -> Batch:
     """The batch with each row's padding moved to the left, and lengths rounded up so that few shapes are compiled."""
     media = np.full_like(batch.tokens, -1) if batch.media is None else batch.media
     fields = {"tokens": (batch.tokens, 0), "segments": (batch.segments, 0), "positions": (batch.positions, 0), "media": (media, -1)}
+    if batch.spans is not None:
+        fields["spans"] = (batch.spans, 0)
     out = _padded_left(fields, np.asarray(batch.segments), 32)
     if batch.decoder_tokens is not None:
         fields = {name: (getattr(batch, name), 0) for name in ("decoder_tokens", "decoder_segments")}
@@ -155,11 +159,11 @@ def pad_prompt(batch: Batch) -> Batch:
 
 
 def _padded_left(fields: dict[str, tuple[Any, int]], segments: np.ndarray, grain: int) -> dict[str, np.ndarray]:
-    """Arrays [rows, length], each with what it is filled up with, to a multiple of `grain`."""
+    """Arrays [rows, length, ...], each with what it is filled up with, to a multiple of `grain`."""
     rows, length = segments.shape
     grain = grain if length <= 256 else 128
     padded = -(-length // grain) * grain
-    out = {name: np.full((rows, padded), fill, np.int32) for name, (_, fill) in fields.items()}
+    out = {name: np.full((rows, padded, *np.shape(values)[2:]), fill, np.int32) for name, (values, fill) in fields.items()}
     for row in range(rows):
         real = np.flatnonzero(segments[row])
         end = int(real[-1]) + 1 if real.size else 0
@@ -196,6 +200,8 @@ def _extended(batch: Batch, tokens: np.ndarray) -> Batch:
         "positions": following,
         "media": np.full_like(tokens, -1),
     }
+    if batch.spans is not None:
+        more["spans"] = np.zeros_like(tokens)
     return dataclasses.replace(batch, **{name: np.concatenate([getattr(batch, name), new], 1) for name, new in more.items()})
 
 

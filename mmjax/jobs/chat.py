@@ -16,7 +16,6 @@ import mmjax
 from mmjax import config
 from mmjax.config import Recipe
 from mmjax.data import images
-from mmjax.data.collation import collate
 from mmjax.data.messages import Message, Sample, validated
 from mmjax.errors import UserError
 from mmjax.inference.generate import stream
@@ -74,7 +73,7 @@ def pieces(model: Model, settings: config.Generate, messages: list[Message]) -> 
     sampling = model.sampling(settings.max_new_tokens, num_beams=1, **chosen)  # beams are not known until their end
     ended = model.ended((*settings.stop, *model.stops))
     shown = text = ""
-    for tokens in stream(model.params, model.config, collate([[example]]), sampling, model.run, ended=ended):
+    for tokens in stream(model.params, model.config, model.collate([[example]]), sampling, model.run, ended=ended):
         text = model.text(tokens[0], settings.stop)
         # A character whose bytes are not all there yet waits for them.
         if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):

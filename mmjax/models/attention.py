@@ -16,7 +16,7 @@ import jax.numpy as jnp
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query_segments", "key_segments", "query_spans", "key_spans", "query_media", "key_media", "offset"],
-    meta_fields=["causal", "window", "last_media_only", "free_keys"],
+    meta_fields=["causal", "window", "windowed_spans", "last_media_only", "free_keys"],
 )
 @dataclasses.dataclass(frozen=True)
 class Mask:
@@ -26,6 +26,7 @@ class Mask:
     window           ... and not further back than this many slots, its own included (0 = no limit)
     query/key_segments   int [rows, T] / [rows, S]; equal and non-zero may see each other (packing, padding)
     query/key_spans      int; equal and non-zero see each other whatever `causal` says (prefix-LM, an image's own tokens)
+    windowed_spans   ... within the window; else whatever that says, too
     query/key_media      int; query: number of media begun so far (0 = none), key: which medium it belongs to, from 1.
                          A query sees all media begun, or with `last_media_only` the latest one (Flamingo, arXiv 2204.14198)
     free_keys        the first so many keys are seen by all (prefix tuning); slots are counted after them
@@ -33,6 +34,7 @@ class Mask:
 
     causal: bool = True
     window: int = 0
+    windowed_spans: bool = False
     query_segments: Any = None
     key_segments: Any = None
     query_spans: Any = None
@@ -50,11 +52,14 @@ class Mask:
         allowed = jnp.ones((1, queries, keys), bool)
         if self.causal:
             allowed = allowed & (key <= query)
-        if self.window:
-            allowed = allowed & (query - key < self.window)
+        near = query - key < self.window if self.window else jnp.ones((1, 1, 1), bool)
+        if not self.windowed_spans:
+            allowed = allowed & near
         if self.query_spans is not None:
             q, k = self.query_spans[:, :, None], self.key_spans[:, None, :]
             allowed = allowed | ((q == k) & (q > 0))
+        if self.windowed_spans:
+            allowed = allowed & near
         if self.query_segments is not None:
             q, k = self.query_segments[:, :, None], self.key_segments[:, None, :]
             allowed = allowed & (q == k) & (q > 0)

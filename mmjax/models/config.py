@@ -12,7 +12,7 @@ from typing import Literal
 
 from jax.sharding import Mesh
 
-from mmjax.models.block_config import BlockConfig
+from mmjax.models.block_config import BlockConfig, Rope
 from mmjax.models.encoder_config import (
     ConnectorConfig,
     EncoderConfig,
@@ -20,6 +20,10 @@ from mmjax.models.encoder_config import (
     TextTowerConfig,
     ViTConfig,
 )
+
+MaskKind = Literal["causal", "prefix", "media"]
+"""What a model's texts see: what stands before; also the whole prompt each other (prefix-LM: PaliGemma, arXiv 2407.07726); also the
+tokens of an image each other (Gemma 3, arXiv 2503.19786; GIT, arXiv 2205.14100). See mmjax.spans."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,13 +38,16 @@ class RelativeBias:
 class DecoderConfig:
     """A language model: a stack of blocks between embeddings and a head. Causal, or (`causal=False`) an encoder such as BERT's.
 
-    `windows` is the layer pattern: layer i attends within `windows[i % len(windows)]` positions, itself included
-    (0 = no limit). Layers are stacked on axis 0 and scanned in groups of one period.
+    `windows` and `ropes` are the layer pattern: layer i attends within `windows[i % len(windows)]` positions, itself included
+    (0 = no limit), and turns by `ropes[i % len(windows)]` (no `ropes`: by block.rope in all layers). Layers are stacked on axis 0
+    and scanned in groups of one period.
 
     embed_width        of token embeddings and of the head's input, joined to the blocks by a Linear each (OPT-350m); 0 = block.width
     embed_scale        what looked-up embeddings are multiplied by (Gemma); media tokens are not
     learned_positions  rows of a table of learned positions; 0 = none. Position p takes row p + position_offset (2 in OPT)
     token_types        rows of a table of segment kinds (BERT); 0 = none
+    media_as_they_are  media tokens enter the first block as they are: learned positions (which count the text alone), token types and
+                       embed_norm are for the text's (GIT)
     embed_norm, final_norm   a norm before the first block and after the last
     alibi              largest exponent of the slopes of ALiBi (arXiv 2108.12409); 0 = none
     has_head           whether it predicts tokens at all
@@ -60,6 +67,7 @@ class DecoderConfig:
     block: BlockConfig
     max_positions: int
     windows: tuple[int, ...] = (0,)
+    ropes: tuple[Rope, ...] = ()
     tied_head: bool = False
     head_bias: bool = False
     causal: bool = True
@@ -69,6 +77,7 @@ class DecoderConfig:
     position_offset: int = 0
     token_types: int = 0
     embed_norm: bool = False
+    media_as_they_are: bool = False
     final_norm: bool = True
     alibi: float = 0.0
     relative_bias: RelativeBias | None = None
@@ -127,6 +136,7 @@ class ModelConfig:
     logit_bias: bool = False  # SigLIP's two-tower logits carry a bias beside the scale
     image_mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels scaled to [0, 1]
     image_std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    mask: MaskKind = "causal"
     image_aspect: Literal["crop", "squash"] = "squash"  # how the encoder's publisher makes a picture square
 
     @property

@@ -148,28 +148,33 @@ def decode(
     cache: Cache | None = None,
     memory: Memory | None = None,
     token_types: jax.Array | None = None,
+    is_media: jax.Array | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     return_states: bool = False,
 ) -> Decoded:
     """Runs the blocks over embeddings x [rows, length, input width].
 
-    segments, positions: int [rows, length] as in mmjax.batch.Batch; token_types: int [rows, length], 0 where not given. With a cache
-    the new keys are written at its next slots (the same for all rows: prompts are padded on the left) and attention runs over all
-    slots. Without a `dropout_key` nothing is dropped, in blocks or adapters.
+    segments, positions: int [rows, length] as in mmjax.batch.Batch; token_types: int [rows, length], 0 where not given; is_media:
+    bool [rows, length], needed with `media_as_they_are`. With a cache the new keys are written at its next slots (the same for all
+    rows: prompts are padded on the left) and attention runs over all slots; what is in it already is in nobody's span. Without a
+    `dropout_key` nothing is dropped, in blocks or adapters.
     """
     period = len(config.windows)
-    turn = rotation(config.block.rope, config.block.head_dim, positions) if config.block.rope else None
+    turns = _rotations(config, positions)
     mask = dataclasses.replace(mask, causal=config.causal, query_segments=segments, key_segments=segments)
     slot: Any = 0
     if cache is not None:
         slot = cache.next
         held = jax.lax.dynamic_update_slice(cache.segments, segments.astype(jnp.int32), (0, slot))
         mask = dataclasses.replace(mask, key_segments=held, offset=slot)
+        if mask.query_spans is not None:
+            blank = jnp.zeros_like(held)
+            mask = dataclasses.replace(mask, key_spans=jax.lax.dynamic_update_slice(blank, mask.query_spans.astype(jnp.int32), (0, slot)))
         cache = cache._replace(segments=held, next=slot + x.shape[1])
     bias = _position_bias(params, config, x.shape[1], slot, x.shape[1] if cache is None else cache.segments.shape[1])
     block = Block(config.block, adapters, dropout_key is None, run.attention, dropout, run.mesh, run.dtype)
-    x = _into_blocks(params, config, x, positions, token_types)
+    x = _into_blocks(params, config, x, positions, token_types, is_media)
     if config.block.wide_residual:
         x = x.astype(jnp.float32)
 
@@ -189,7 +194,7 @@ def decode(
 
         around = Surroundings(
             mask=dataclasses.replace(mask, window=config.windows[j]),
-            rotation=turn,
+            rotation=turns[j],
             bias=bias,
             store=store if cache is not None else None,
             memory=None if memory is None else (*remembered, _memory_mask(memory, segments)),
@@ -247,18 +252,33 @@ def _norm(config: DecoderConfig) -> Norm:
     return Norm(config.block.norm, config.block.norm_eps, config.block.norm_bias)
 
 
+def _rotations(config: DecoderConfig, positions: jax.Array) -> list[tuple[jax.Array, jax.Array] | None]:
+    """Cosines and sines for each layer of the pattern."""
+    ropes = config.ropes or (config.block.rope,) * len(config.windows)
+    made = {rope: rotation(rope, config.block.head_dim, positions) for rope in ropes if rope is not None}
+    return [made[rope] if rope is not None else None for rope in ropes]
+
+
 def _into_blocks(
-    params: Params, config: DecoderConfig, x: jax.Array, positions: jax.Array, token_types: jax.Array | None
+    params: Params,
+    config: DecoderConfig,
+    x: jax.Array,
+    positions: jax.Array,
+    token_types: jax.Array | None,
+    is_media: jax.Array | None,
 ) -> jax.Array:
     """Embeddings [rows, length, input width] -> the first block's input [rows, length, width]."""
     if config.embed_width:
         x = apply(Linear(config.block.width, False), params["embed"]["project_in"], x)
+    entered = x
     if config.learned_positions:
         x = x + params["embed"]["positions"][positions + config.position_offset].astype(x.dtype)
     if config.token_types:
         kinds = jnp.zeros(x.shape[:2], jnp.int32) if token_types is None else token_types
         x = x + params["embed"]["token_types"][kinds].astype(x.dtype)
-    return apply(_norm(config), params["embed"]["norm"], x) if config.embed_norm else x
+    if config.embed_norm:
+        x = apply(_norm(config), params["embed"]["norm"], x)
+    return jnp.where(is_media[..., None], entered, x) if config.media_as_they_are and is_media is not None else x
 
 
 def _position_bias(params: Params, config: DecoderConfig, queries: int, first: Any, keys: int) -> jax.Array | None:

@@ -12,6 +12,7 @@ from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.models import adapters as lora
 from mmjax.models import connectors, decoder, encoder_decoder, mobilenet_v2, text_tower, vit
+from mmjax.models.attention import Mask
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
 
@@ -95,13 +96,16 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
 
 class Reading(NamedTuple):
     """What the LLM's decoder is run on: embeddings x [rows, T, input width], int segments and positions [rows, T], and of an
-    encoder-decoder the memory of what its encoder read, with the encoder's own outputs."""
+    encoder-decoder the memory of what its encoder read, with the encoder's own outputs; `spans` of the batch, and which positions
+    hold media tokens, bool [rows, T]."""
 
     x: jax.Array
     segments: jax.Array
     positions: jax.Array
     memory: decoder.Memory | None = None
     encoded: decoder.Decoded | None = None
+    spans: jax.Array | None = None
+    is_media: jax.Array | None = None
 
 
 def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **settings: Any) -> Reading:
@@ -109,7 +113,8 @@ def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **se
     mmjax.models.decoder.decode."""
     x = embed(params, config, batch, run)
     if config.language.encoder is None:
-        return Reading(x, batch.segments, batch.positions)
+        is_media = None if batch.media is None else batch.media >= 0
+        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media)
     llm, leaves = config.language, params["llm"]
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
     encoded = encoder_decoder.encode(leaves, llm, x, segments=batch.segments, positions=batch.positions, **more, **settings)
@@ -130,7 +135,9 @@ def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: E
         reading.x,
         segments=reading.segments,
         positions=reading.positions,
+        mask=Mask(query_spans=reading.spans, key_spans=reading.spans, windowed_spans=config.mask == "media"),
         memory=reading.memory,
+        is_media=reading.is_media,
         run=run,
         adapters=config.adapters,
         **settings,

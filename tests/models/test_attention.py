@@ -9,6 +9,7 @@ from mmjax.models.attention import Mask, attention
 
 SEGMENTS = np.array([[0, 1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0, 0]])
 MEDIA = np.array([[0, 0, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 1, 1]])
+SPANS = np.array([[0, 1, 1, 1, 1, 2, 2], [1, 1, 1, 0, 2, 2, 2]])
 KEY_MEDIA = np.array([[1, 1, 2, 2, 0], [1, 2, 2, 0, 0]])
 MASKS = {
     "causal": (Mask(), 7),
@@ -16,6 +17,8 @@ MASKS = {
     "window": (Mask(window=3), 7),
     "packed_and_padded": (Mask(query_segments=SEGMENTS, key_segments=SEGMENTS), 7),
     "prefix": (Mask(query_spans=np.array([[1, 1, 1, 0, 0, 0, 0]] * 2), key_spans=np.array([[1, 1, 1, 0, 0, 0, 0]] * 2)), 7),
+    "spans_beyond_a_window": (Mask(window=2, query_spans=SPANS, key_spans=SPANS), 7),
+    "spans_within_a_window": (Mask(window=2, windowed_spans=True, query_spans=SPANS, key_spans=SPANS), 7),
     "all_media": (Mask(causal=False, query_media=MEDIA, key_media=KEY_MEDIA), 5),
     "last_medium": (Mask(causal=False, query_media=MEDIA, key_media=KEY_MEDIA, last_media_only=True), 5),
     "cached": (Mask(offset=4), 11),
@@ -29,9 +32,10 @@ def may_see(mask: Mask, row: int, t: int, s: int) -> bool:
         return True
     s -= mask.free_keys
     t_slot = t + mask.offset
-    allowed = (not mask.causal or s <= t_slot) and (not mask.window or t_slot - s < mask.window)
-    if mask.query_spans is not None:
-        allowed |= mask.query_spans[row, t] == mask.key_spans[row, s] > 0
+    near = not mask.window or t_slot - s < mask.window
+    allowed = not mask.causal or s <= t_slot
+    together = mask.query_spans is not None and mask.query_spans[row, t] == mask.key_spans[row, s] > 0
+    allowed = near and (allowed or together) if mask.windowed_spans else (near and allowed) or together
     if mask.query_segments is not None:
         allowed &= bool(mask.query_segments[row, t] == mask.key_segments[row, s] > 0)
     if mask.query_media is not None:
