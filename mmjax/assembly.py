@@ -16,6 +16,7 @@ from mmjax import config as recipes
 from mmjax import published, tree, vocabulary
 from mmjax.config import Part, Recipe
 from mmjax.data import sources, templates
+from mmjax.data.messages import BadSample
 from mmjax.errors import UserError
 from mmjax.families import composed, parts
 from mmjax.families.family import Config, Family
@@ -378,7 +379,11 @@ def _texts(recipe: Recipe) -> Iterator[str]:
                 seen.add(key)
                 dataset = sources.open(source)
                 for i in range(len(dataset)):
-                    yield "".join(segment.text for segment in template.segments(dataset[i].messages))
+                    try:
+                        messages = dataset[i].messages
+                    except BadSample:
+                        continue
+                    yield "".join(segment.text for segment in template.segments(messages))
 
 
 def _check_vocabulary(config: ModelConfig, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe) -> None:

@@ -177,18 +177,26 @@ class Source:
     """One data set.
 
     kind     "llava" (LLaVA conversations, .json/.jsonl, also .gz), "messages" (JSONL of messages), "captions" (JSONL, `image` and a list of
-             captions), "digits" (handwriting scenes drawn from scikit-learn's digits), "digit_facts" (their text-only twin)
-    path     the file; images: a folder, a .tar, or a glob of .tar files
+             captions), "pairs" and "mimic_it" (see mmjax.data.pairs), "mmc4" and "obelics" (documents, see mmjax.data.interleaved),
+             "digits" (handwriting scenes drawn from scikit-learn's digits), "digit_facts" (their text-only twin)
+    path     the file, for some kinds a glob of .tar or .parquet files; images: a folder, a .tar, a glob of .tar files, or a .json of base64
     weight   share in the mixture relative to the other sources (0 < weight); 0 = proportional to size
-    options  of the kind, e.g. {"split": "train", "task": "caption"}
+    loss_weight  of each supervised token of this source in the loss, which is the weighted mean over the step's tokens
+    options  of the kind, e.g. {"split": "train", "task": "caption"}; for every kind `prompts`, a list of texts of which one, drawn by the
+             sample's id, takes the place of what the user says ("Question: {} Short answer:": {} is what was said)
     limit    first samples only; 0 = all
+    join     samples that are shown as one, one after the other: in-context rows of several pictures
     """
 
-    kind: Literal["llava", "messages", "captions", "digits", "digit_facts"] = "llava"
+    kind: Literal[
+        "llava", "messages", "captions", "pairs", "mimic_it", "mmc4", "obelics", "digits", "digit_facts"
+    ] = "llava"
     path: str = ""
     images: str = ""
     weight: float = 0.0
+    loss_weight: float = 1.0
     limit: int = 0
+    join: int = 1
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

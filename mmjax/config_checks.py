@@ -22,9 +22,9 @@ MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
 # Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank"), (1, math.inf)),
+    **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank", "join"), (1, math.inf)),
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
-    **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "warmup_steps"), (0, math.inf)),
+    **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads"), (1, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
@@ -189,12 +189,16 @@ def _stage(key: str, stage: Stage) -> Iterator[str]:
         yield f"{key}.validation.patience is {stage.validation.patience} but {key}.validation.every is 0: nothing is validated."
     for name, source in stage.sources.items():
         yield from _source(f"{key}.sources.{name}", source)
+        if stage.objective == "classify" and (source.join > 1 or source.loss_weight != 1):
+            yield f"{key}.sources.{name}: join and loss_weight are of text; with objective='classify' leave them at 1."
+    if stage.sources and not any(source.loss_weight for source in stage.sources.values()):
+        yield f"{key}.sources: every loss_weight is 0, so nothing would be learned."
     for name, source in stage.validation.sources.items():
         yield from _source(f"{key}.validation.sources.{name}", source)
 
 
 def _source(key: str, source: Source) -> Iterator[str]:
-    if source.kind in ("llava", "messages", "captions") and not source.path:
+    if source.kind not in ("digits", "digit_facts") and not source.path:
         yield f"{key}.path is empty: a source of kind {source.kind!r} is read from a file."
 
 

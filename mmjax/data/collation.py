@@ -70,7 +70,7 @@ def _tokens(
                 fields["positions"][here] = np.maximum(np.cumsum(counted) - 1, 0)
                 following = np.append(example.labels[1:], IGNORED)
                 fields["targets"][here] = np.where(following == IGNORED, 0, following)
-                fields["weights"][here] = following != IGNORED
+                fields["weights"][here] = example.weight * (following != IGNORED)
             number += 1
     spans = spans_of(mask, fields["segments"], fields["media"] >= 0, fields["weights"] > 0)
     return fields if spans is None else {**fields, "spans": spans}

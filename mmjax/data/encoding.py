@@ -34,6 +34,7 @@ class Example:
     category   the class of its one image (classification), -1 = none
     tiles   tiles of each image; () = one each
     tile_tokens   media tokens of a tile
+    weight     of its supervised positions in the loss
     """
 
     id: str
@@ -45,6 +46,8 @@ class Example:
     category: int = -1
     tiles: tuple[int, ...] = ()
     tile_tokens: int = 0
+
+    weight: float = 1.0
 
     def __post_init__(self) -> None:
         if len(self.tiles) != len(self.images):
@@ -149,11 +152,15 @@ class Encoder:
         return self.pictures.tiles(size), self.pictures.order(size)
 
     def _cut(self, example: Example, spans: Sequence[tuple[int, int]]) -> Example:
-        """The first max_length positions, less an image that would not be whole; `spans` are the images' positions."""
+        """The first max_length positions, less an image that would not be whole and images that no text is left of; `spans` are the
+        images' positions."""
         images = sum(end <= self.max_length for _, end in spans)
         cut = self.max_length
         if images < len(spans):
             cut = min(cut, spans[images][0])
+        while images and not (example.labels[spans[images - 1][1] : cut] != IGNORED).any():
+            images -= 1
+            cut = spans[images][0]
         return dataclasses.replace(
             example,
             ids=example.ids[:cut],

@@ -6,6 +6,9 @@
 Content is a string or a list of text and image parts; an image part has a `path` (a name in the source's image store) or
 an `image` (a picture, an array or encoded bytes). `<image>` inside a text is a placeholder: it stands for the next of the
 images listed beside the messages, and the two must agree in number.
+
+A document of text and pictures is one message by the assistant. A text part of the assistant's may have `"supervised": false`: it is
+read, but not learned to be written (see mmjax.data.interleaved for the policies that put it there).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, Mapping, Sequence
 from mmjax.errors import UserError
 
 PLACEHOLDER = "<image>"
+LEFT_OUT = "left out: "  # how the reason of a BadSample begins that is no fault: the recipe asked for it
 ROLES = ("system", "user", "assistant")
 _LLAVA_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -142,7 +146,11 @@ def _parts(content: Any, where: str, id: str) -> list[dict[str, Any]]:
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            parts += _split(part["text"])
+            supervised = part.get("supervised", True)
+            if not isinstance(supervised, bool):
+                raise BadSample(id, f"{where} has a text whose `supervised` is {supervised!r}, neither true nor false")
+            mark = {} if supervised else {"supervised": False}
+            parts += [{**piece, **mark} if piece["type"] == "text" else piece for piece in _split(part["text"])]
         elif kind == "image":
             if "url" in part:
                 raise BadSample(

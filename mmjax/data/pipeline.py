@@ -23,7 +23,7 @@ from mmjax.batch import Batch
 from mmjax.data import images, lengths, packing, sources
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
-from mmjax.data.messages import BadSample
+from mmjax.data.messages import LEFT_OUT, BadSample
 from mmjax.data.messages import images as image_parts
 from mmjax.data.sources import Dataset
 from mmjax.errors import UserError
@@ -193,7 +193,7 @@ class Pipeline:
             epoch=self._progress(int(end_of_step)),
             ids=tuple(tuple(example.id for example in row) for row in rows),
             tokens=tokens,
-            supervised=int(np.sum(batch.weights)) if batch.weights is not None else 0,
+            supervised=int(np.count_nonzero(batch.weights)) if batch.weights is not None else 0,
             padding=1 - tokens / (self.rows * self.stage.length) if language else 0.0,
             images=sum(len(example.images) for row in rows for example in row),
             tiles=sum(example.tile_count for row in rows for example in row),
@@ -206,6 +206,7 @@ class Pipeline:
         """Sample number `sample` of the mixture with its pictures. Raises BadSample, BrokenImage."""
         name, index = self._locate(sample)
         example = self._prepare(self.datasets[name], index)
+        example = dataclasses.replace(example, weight=self.stage.sources[name].loss_weight)
         if not example.images:
             return example
         pixels = []
@@ -256,8 +257,10 @@ class Pipeline:
         usable = np.ones(len(tokens), bool)
         for first, table in zip(np.cumsum([0, *self._sizes]).tolist(), tables):
             usable[[first + index for index in table.dropped]] = False
-        if len(self.skipped) > self.loader.max_broken * len(tokens) or not usable.any():
-            raise UserError(f"{len(self.skipped)} of {len(tokens)} samples cannot be used: {_listed(self.skipped)}")
+        broken = [item for item in self.skipped if not item.reason.startswith(LEFT_OUT)]
+        if len(broken) > self.loader.max_broken * len(tokens) or not usable.any():
+            listed = broken or self.skipped
+            raise UserError(f"{len(listed)} of {len(tokens)} samples cannot be used: {_listed(listed)}")
         return tokens, tiles, usable
 
     def _plan(self, epoch: int) -> packing.Rows:

@@ -7,13 +7,11 @@ dataset.image("a.jpg") -> a picture, RGB
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import glob
-import gzip
 import hashlib
 import io
-import json
-import mmap
 import os
 from typing import Any, Callable, Iterator, Mapping, Protocol
 
@@ -21,8 +19,9 @@ import numpy as np
 from PIL import Image
 
 from mmjax import config
-from mmjax.data import images, messages, stores
+from mmjax.data import images, in_context, interleaved, messages, pairs, stores
 from mmjax.data.messages import PLACEHOLDER, BadSample, Sample
+from mmjax.data.rows import open_rows
 from mmjax.errors import UserError
 
 
@@ -45,23 +44,32 @@ class Dataset(Protocol):
 
 def open(source: config.Source) -> Dataset:
     """The source's data set. Raises UserError for an unknown kind or option, or a file that is not there."""
+    rest = {option: value for option, value in source.options.items() if option != "prompts"}
     if source.kind not in OPENERS:
         near = difflib.get_close_matches(source.kind, OPENERS, 1)
         raise UserError(
             f"unknown kind of source {source.kind!r}{f' (nearest: {near[0]!r})' if near else ''}; "
             f"there are {', '.join(OPENERS)}"
         )
-    dataset = OPENERS[source.kind](source)
+    dataset = OPENERS[source.kind](dataclasses.replace(source, options=rest))
     if not len(dataset):
         raise UserError(f"the source {source.path or source.kind!r} has no samples")
-    return First(dataset, source.limit) if 0 < source.limit < len(dataset) else dataset
+    dataset = First(dataset, source.limit) if 0 < source.limit < len(dataset) else dataset
+    dataset = in_context.Prompted(dataset, source.options["prompts"]) if "prompts" in source.options else dataset
+    return in_context.Joined(dataset, source.join) if source.join > 1 else dataset
 
 
 def fingerprint(source: config.Source) -> str:
-    """A hash of everything that decides the source's samples, the bytes of its file included; not of its pictures."""
-    digest = hashlib.blake2b(repr((source.kind, source.limit, sorted(source.options.items()))).encode(), digest_size=16)
-    if source.path:
-        with io.open(source.path, "rb") as file:
+    """A hash of everything that decides the source's samples, the bytes of its file included (of tar and parquet files their sizes
+    and times); not of its pictures."""
+    described = source.kind, source.limit, source.join, sorted(source.options.items())
+    digest = hashlib.blake2b(repr(described).encode(), digest_size=16)
+    for path in (sorted(glob.glob(source.path)) or [source.path]) if source.path else ():
+        if path.endswith((".tar", ".parquet")):  # too many bytes to read each time
+            state = os.stat(path)
+            digest.update(repr((path, state.st_size, state.st_mtime_ns)).encode())
+            continue
+        with io.open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
@@ -79,51 +87,12 @@ def size_of(dataset: Dataset, part: Mapping[str, Any]) -> tuple[int, int]:
     return dataset.picture_size(part["path"]) if "path" in part else images.size_of(part["image"])
 
 
-class Rows:
-    """The rows of a .json list or of a .jsonl file, plain or gzipped, held as text and parsed one by one."""
-
-    def __init__(self, path: str):
-        if not os.path.isfile(path):
-            raise UserError(f"there is no file {path!r}")
-        self.path = path
-        stem, opener = (path[:-3], gzip.open) if path.endswith(".gz") else (path, io.open)
-        with opener(path, "rb") as file:
-            try:
-                if stem.endswith(".json"):
-                    self._text: bytes | mmap.mmap
-                    self._text, self._lines = _lines_of_list(path, file.read().decode())
-                else:
-                    mapped = opener is io.open and os.path.getsize(path)
-                    self._text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if mapped else file.read()
-                    self._lines = _lines(self._text)
-            except (OSError, EOFError, UnicodeDecodeError) as error:
-                raise UserError(f"{path}: cannot be read ({error})") from error
-
-    def __len__(self) -> int:
-        return len(self._lines)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Row `index` as an object. Raises BadSample."""
-        start, end = self._lines[index]
-        try:
-            row = json.loads(self._text[start:end])
-        except (ValueError, RecursionError) as error:
-            raise BadSample(self.id(index), "the row is not valid JSON") from error
-        if not isinstance(row, dict):
-            raise BadSample(self.id(index), "the row is not a JSON object")
-        return row
-
-    def id(self, index: int) -> str:
-        """What row `index` is called where it has no id of its own."""
-        return f"{os.path.basename(self.path)}:{index + 1}"
-
-
 class RowDataset:
     """Samples made one for one from rows, pictures from a store."""
 
     def __init__(self, path: str, images: str, convert: Callable[[Mapping[str, Any], str], Sample]):
         self._arguments = path, images, convert
-        self._rows, self._store, self._convert = Rows(path), stores.open_store(images), convert
+        self._rows, self._store, self._convert = open_rows(path), stores.open_store(images), convert
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -162,7 +131,7 @@ class Captions:
         if split not in ("train", "eval"):
             raise UserError(f"captions: unknown split {split!r}; there are train and eval")
         self._arguments = path, images, split, prompt, field, shown
-        self._rows, self._store, self._shown = Rows(path), stores.open_store(images), shown
+        self._rows, self._store, self._shown = open_rows(path), stores.open_store(images), shown
         self._split, self._prompt, self._fields = split, prompt, (field,) if field else ("captions", "caption", "en")
         self._samples = np.array(list(self._counted()), np.int64).reshape(-1, 2)  # row, caption
 
@@ -206,11 +175,12 @@ class Captions:
         return Captions, self._arguments
 
 
-class First:
+class First(in_context.Wrapped):
     """The first `count` samples of a data set."""
 
     def __init__(self, dataset: Dataset, count: int):
-        self.dataset, self.count = dataset, count
+        super().__init__(dataset)
+        self.count = count
 
     def __len__(self) -> int:
         return self.count
@@ -220,12 +190,6 @@ class First:
             raise IndexError(index)
         return self.dataset[index]
 
-    def image(self, name: str) -> Image.Image:
-        return self.dataset.image(name)
-
-    def picture_size(self, name: str) -> tuple[int, int]:
-        return self.dataset.picture_size(name)
-
 
 def _picture(store: stores.Store, name: str) -> Image.Image:
     return images.decode(store.read(name))
@@ -233,49 +197,6 @@ def _picture(store: stores.Store, name: str) -> Image.Image:
 
 def _size(store: stores.Store, name: str) -> tuple[int, int]:
     return images.size_of(store.read(name))
-
-
-def _lines(text: Any) -> np.ndarray:
-    """Start and end of every line that is not blank, int64 [rows, 2]; `text` is bytes or a mapped file."""
-    spans, start, size = [], 0, len(text)
-    while start < size:
-        end = text.find(b"\n", start)
-        end = size if end < 0 else end
-        if text[start:end].strip():
-            spans.append((start, end))
-        start = end + 1
-    return np.array(spans, np.int64).reshape(-1, 2)
-
-
-def _lines_of_list(path: str, text: str) -> tuple[bytes, np.ndarray]:
-    """A JSON list as one text of rows and their places; element by element, so that no tree of objects is held."""
-    decoder, rows, at = json.JSONDecoder(), [], _skip(text, 0)
-    if text[at : at + 1] != "[":
-        raise UserError(f"{path}: is not a JSON list; one object to a line belongs into a .jsonl file")
-    try:
-        at = _skip(text, at + 1)
-        while text[at : at + 1] != "]":
-            start = at
-            _, at = decoder.raw_decode(text, at)
-            rows.append(text[start:at].encode())
-            at = _skip(text, at)
-            if text[at : at + 1] == ",":
-                at = _skip(text, at + 1)
-            elif text[at : at + 1] != "]":
-                raise ValueError
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is not valid JSON after {len(rows)} rows") from error
-    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
-    return b"".join(rows), np.stack([ends - [len(row) for row in rows], ends], 1) if rows else np.zeros(
-        (0, 2), np.int64
-    )
-
-
-def _skip(text: str, at: int) -> int:
-    """The place of the next character that is not JSON's white space."""
-    while at < len(text) and text[at] in " \t\n\r":
-        at += 1
-    return at
 
 
 def _rows_opener(convert: Callable[[Mapping[str, Any], str], Sample]) -> Callable[[config.Source], Dataset]:
@@ -302,20 +223,50 @@ def _digit_facts(source: config.Source) -> Dataset:
     return _digits(source, task="facts")
 
 
+def _mmc4(source: config.Source) -> Dataset:
+    _known_options(source, (*_LAYOUT, "matching", "min_similarity", "min_bytes"))
+    options = {"by" if name == "matching" else name: value for name, value in source.options.items()}
+    matching = {name: options.pop(name) for name in ("by", "min_similarity", "min_bytes") if name in options}
+    layout, matched = interleaved.Layout(**options), interleaved.Matching(**matching)
+    return interleaved.Documents(source.path, source.images, layout, matched)
+
+
+def _obelics(source: config.Source) -> Dataset:
+    _known_options(source, _LAYOUT)
+    return interleaved.Documents(source.path, source.images, interleaved.Layout(**{"joint": "\n\n", **source.options}))
+
+
+def _pairs(source: config.Source) -> Dataset:
+    _known_options(source, ("image", "pattern", "question", "answer", "within"))
+    return pairs.Pairs(source.path, source.images, **source.options)
+
+
+def _mimic_it(source: config.Source) -> Dataset:
+    _known_options(source, ("shots",))
+    return pairs.MimicIt(source.path, source.images, **source.options)
+
+
 def _known_options(source: config.Source, known: tuple[str, ...]) -> None:
+    """Raises UserError for an option that is neither among these nor one of every kind."""
+    known = (*known, "prompts")
     for option in source.options:
         if option not in known:
             near = difflib.get_close_matches(option, known, 1)
             raise UserError(
                 f"a source of kind {source.kind!r} has no option {option!r}"
-                + (f" (nearest: {near[0]!r})" if near else f"; it has {', '.join(known) or 'none'}")
+                + (f" (nearest: {near[0]!r})" if near else f"; it has {', '.join(known)}")
             )
 
 
+_LAYOUT = tuple(field.name for field in dataclasses.fields(interleaved.Layout))
 OPENERS: dict[str, Callable[[config.Source], Dataset]] = {
     "llava": _rows_opener(messages.from_llava),
     "messages": _rows_opener(messages.from_messages),
     "captions": _captions,
+    "pairs": _pairs,
+    "mimic_it": _mimic_it,
+    "mmc4": _mmc4,
+    "obelics": _obelics,
     "digits": _digits,
     "digit_facts": _digit_facts,
 }

@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from mmjax.data import document_templates
 from mmjax.data.messages import PLACEHOLDER, Message, images
 from mmjax.errors import UserError
 
@@ -56,6 +57,12 @@ class Template:
 
         generation_prompt   end with what makes the model answer. Raises UserError where the template refuses the messages.
         """
+        parts = (part for message in messages for part in message["content"])
+        if "supervised" not in self.jinja and any("supervised" in part for part in parts):
+            raise UserError(
+                f"the template {self.name!r} supervises whole answers, and this conversation has parts that are not to be learned; "
+                f"documents are written by one of {', '.join(document_templates.NAMED)}"
+            )
         rendered, spans = self._render(messages, generation_prompt)
         shown = images(messages)
         pieces = rendered.split(self.marker) if self.marker else [rendered]
@@ -116,7 +123,7 @@ class Template:
             {
                 "role": message["role"],
                 "content": [
-                    {"type": "image"} if part["type"] == "image" else {"type": "text", "text": part["text"]}
+                    {"type": "image"} if part["type"] == "image" else dict(part)
                     for part in message["content"]
                 ]
                 if self.lists
@@ -162,7 +169,13 @@ def get(name: str, tokenizer: PreTrainedTokenizerBase | None = None, system: str
                 f"the template {name!r} does not fit the tokenizer: {marker!r} is not one of its tokens; choose another of "
                 f"{', '.join(NAMES)}"
             )
-    return Template(name, _PREAMBLE.replace("DEFAULT", _literal(default if system is None else system)) + body, stops)
+    ending = tokenizer.eos_token if tokenizer is not None and "eos_token" in body else None
+    return Template(
+        name,
+        _PREAMBLE.replace("DEFAULT", _literal(default if system is None else system)) + body,
+        stops,
+        special=(("eos_token", ending),) if ending else (),
+    )
 
 
 def markers(name: str) -> tuple[str, ...]:
@@ -337,5 +350,6 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "chatml": (_CHATML, _MPT, ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "chatml_direct": (_CHATML, "Answer the questions.", ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
+    **document_templates.NAMED,
 }
 NAMES = tuple(_NAMED)

@@ -27,7 +27,10 @@ MPT = "A conversation between a user and an LLM-based AI assistant. The assistan
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_tokenizer()
+    tokenizer = byte_tokenizer()
+    marks = dict.fromkeys(mark for name in templates.NAMES for mark in templates.markers(name))
+    tokenizer.add_special_tokens({"additional_special_tokens": [mark for mark in marks if mark != tokenizer.eos_token]})
+    return tokenizer
 
 
 def written(template, messages, **options):
