@@ -8,7 +8,7 @@ from mmjax.data import templates
 from mmjax.data.encoding import Encoder
 from mmjax.data.messages import BadSample, Sample, from_llava, validated
 from mmjax.errors import UserError
-from tests.data.tokenizers import byte_tokenizer
+from tests.data.tokenizers import marked_tokenizer
 
 
 def sample(*turns, images=(), id="s-1"):
@@ -19,7 +19,7 @@ def sample(*turns, images=(), id="s-1"):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return byte_tokenizer()
+    return marked_tokenizer()
 
 
 def supervised_text(encoder, example):

@@ -11,10 +11,9 @@ from mmjax.data.encoding import IGNORED, Encoder
 from mmjax.data.messages import BadSample, Sample, images, text, validated
 from mmjax.data.pipeline import collate
 from mmjax.errors import UserError
-from tests.data.tokenizers import byte_tokenizer
+from tests.data.tokenizers import marked_tokenizer
 
 IMAGE = {"type": "image", "path": "a"}
-TOKENS = ["<EOC>", "<|endofchunk|>", "<answer>", "<end_of_utterance>", "<fake_token_around_image>"]
 
 
 def part(text, **more):
@@ -33,9 +32,7 @@ FAKE = "<fake_token_around_image>"
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = byte_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": TOKENS})
-    return tokenizer
+    return marked_tokenizer()
 
 
 def marked(template, messages, **options):

@@ -78,7 +78,7 @@ def test_mimic_it(tmp_path):
     assert said(dataset[0]) == ["Q1", "A1", "Q2", "A2", "Q0", "A0"] and dataset[0].id == "0" and dataset[0].answers == ("A0",)
     assert [part["path"] for part in images(dataset[0].messages)] == ["i1", "i2", "i0"]
     assert dataset.image("i0").size == dataset.image("i1").size == (24, 16)
-    for name, reason in (("i2", "image"), ("i9", "i9: no such picture in x.json")):
+    for name, reason in (("i2", "not a readable picture"), ("i9", "i9: no such picture in x.json")):
         with pytest.raises(BrokenImage, match=reason):
             dataset.image(name)
 

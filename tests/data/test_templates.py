@@ -5,7 +5,7 @@ import pytest
 from mmjax.data import templates
 from mmjax.data.messages import validated
 from mmjax.errors import UserError
-from tests.data.tokenizers import byte_tokenizer
+from tests.data.tokenizers import byte_tokenizer, marked_tokenizer
 
 CHAT = [
     {"role": "user", "content": [{"type": "image", "path": "a"}, {"type": "text", "text": "What is it?"}]},
@@ -27,10 +27,7 @@ MPT = "A conversation between a user and an LLM-based AI assistant. The assistan
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    tokenizer = byte_tokenizer()
-    marks = dict.fromkeys(mark for name in templates.NAMES for mark in templates.markers(name))
-    tokenizer.add_special_tokens({"additional_special_tokens": [mark for mark in marks if mark != tokenizer.eos_token]})
-    return tokenizer
+    return marked_tokenizer()
 
 
 def written(template, messages, **options):

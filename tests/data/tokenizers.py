@@ -5,6 +5,8 @@ from __future__ import annotations
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mmjax.data import templates
+
 SPECIAL = ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>"]
 
 
@@ -21,3 +23,11 @@ def byte_tokenizer(**settings) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", **settings
     )
+
+
+def marked_tokenizer() -> PreTrainedTokenizerFast:
+    """The same with the marks of all named templates."""
+    tokenizer = byte_tokenizer()
+    marks = dict.fromkeys(mark for name in templates.NAMES for mark in templates.markers(name))
+    tokenizer.add_special_tokens({"additional_special_tokens": [mark for mark in marks if mark not in SPECIAL]})
+    return tokenizer
