@@ -238,6 +238,7 @@ class Stage:
     trainable     globs over parameter paths; each must match something. Everything else is frozen.
     steps/epochs  one of them > 0
     rows          rows of a step over all devices and micro-batches; length: tokens of a row
+    answer_length   of an encoder-decoder, whose encoder reads a row: tokens of its decoder's row; 0 = as many as `length`
     packing       several samples in a row, apart by segments; off = one sample a row
     tiles         image tiles a row may hold
     accumulate    micro-batches of one step
@@ -253,6 +254,7 @@ class Stage:
     epochs: float = 0.0
     rows: int = 8
     length: int = 256
+    answer_length: int = 0
     packing: bool = True
     tiles: int = 1
     accumulate: int = 1

@@ -25,7 +25,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank", "join"), (1, math.inf)),
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
-    **dict.fromkeys(("depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
+    **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads"), (1, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "grid", "profile_step"), (0, math.inf)),

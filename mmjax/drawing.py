@@ -202,7 +202,9 @@ def _row(
         np.asarray(field)[row] if field is not None else np.full_like(np.asarray(batch.tokens)[row], -1)
         for field in (batch.tokens, batch.segments, batch.media, batch.weights)
     )
-    taught = np.concatenate([[False], weights[:-1] > 0])  # position t - 1 predicts the token at t
+    taught = np.zeros(len(tokens), bool)
+    if batch.decoder_tokens is None:
+        taught[1:] = weights[:-1] > 0  # position t - 1 predicts the token at t
     spans: list[tuple[str, bool]] = []
     for segment in range(1, segments.max() + 1):
         inside = np.flatnonzero(segments == segment)
@@ -219,6 +221,9 @@ def _row(
                     (decode(run).replace("\n", "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}"), bool(taught[position]))
                 )
                 run = []
+        if batch.decoder_tokens is not None:  # what an encoder-decoder writes stands apart from what it reads
+            written = np.asarray(batch.targets)[row][(np.asarray(batch.decoder_segments)[row] == segment) & (weights > 0)]
+            spans += [(" \N{RIGHTWARDS ARROW} ", False), (decode(written.tolist()), True)]
         spans.append(("  ", False))
     images: list[np.ndarray] = []
     if batch.images is not None and (media >= 0).any():

@@ -136,9 +136,12 @@ class Model:
                 "tokenizer" if self.tokenizer is None else "chat template (give one: mmjax.load(path, template=...))"
             )
             raise UserError(f"this model has no {missing}, so it takes ids, but no messages")
-        tokens = self.config.tokens_per_tile
-        delimiters = self.image_start, self.image_end
-        return Encoder(self.tokenizer, self.template, tokens, *delimiters, max_length, self._pictures(), **self._collation)
+        tokens, llm = self.config.tokens_per_tile, self.config.language
+        text = self.image_start, self.image_end, max_length
+        start = llm.start_token if llm.encoder is not None else None
+        return Encoder(
+            self.tokenizer, self.template, tokens, *text, self._pictures(), **self._collation, start_token=start
+        )
 
     def _pictures(self) -> PictureTokens | None:
         """How a picture's tiles become tokens; None where it is one tile and its tokens as they come."""

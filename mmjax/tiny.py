@@ -96,6 +96,7 @@ def _stage(stage: Stage) -> Stage:
         epochs=0.0,
         rows=8,
         length=160,
+        answer_length=min(stage.answer_length, 64),
         tiles=min(stage.tiles, 2),
         accumulate=min(stage.accumulate, 2),
     )
@@ -111,4 +112,5 @@ def _source(source: Source, split: str) -> Source:
     if source.kind in ("digits", "digit_facts"):
         return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
     task = "caption" if source.kind == "captions" else "questions"
-    return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": SAMPLES})
+    prompts = {"prompts": source.options["prompts"]} if "prompts" in source.options else {}
+    return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": SAMPLES, **prompts})

@@ -22,6 +22,7 @@ def collate(
     media_shape: tuple[int, ...] = (),
     mask: MaskKind = "causal",
     media_positions: bool = True,
+    answer_length: int = 0,
 ) -> Batch:
     """A Batch of these rows, each with one or several samples, padded on the right.
 
@@ -31,6 +32,7 @@ def collate(
     media_shape   shape of one tile's `pixels`, for the dummies of a batch without images; () = taken from the images
     mask          who sees whom beside what stands before (see mmjax.spans)
     media_positions   whether media tokens are counted in positions; else the text alone (GIT)
+    answer_length   positions of an encoder-decoder's decoder; 0 = as many as the longest row of answers has
 
     Without any token (classification) the token fields are None, without any tile the image fields.
     Raises ValueError where something does not fit.
@@ -41,8 +43,11 @@ def collate(
     fed = [[example for row in group for example in row if example.images] for group in grouped]
     tiles = tiles or max(sum(example.tile_count for example in group) for group in fed)
     length = length or max((sum(len(example.ids) for example in row) for row in rows), default=0)
-    tokens = _tokens(grouped, length, tiles, mask, media_positions) if length else {}
-    return Batch(**tokens, **(_media(fed, tiles, media_shape) if tiles else {}))
+    fields = _tokens(grouped, length, tiles, mask, media_positions) if length else {}
+    answers = [sum(len(e.decoder_ids) for e in row if e.decoder_ids is not None) for row in rows]
+    if answer_length or any(answers):
+        fields |= _answers(rows, answer_length or max(answers))
+    return Batch(**fields, **(_media(fed, tiles, media_shape) if tiles else {}))
 
 
 def _tokens(
@@ -74,6 +79,25 @@ def _tokens(
             number += 1
     spans = spans_of(mask, fields["segments"], fields["media"] >= 0, fields["weights"] > 0)
     return fields if spans is None else {**fields, "spans": spans}
+
+
+def _answers(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
+    """What an encoder-decoder's decoder reads and predicts; samples have the segments that they have in `tokens`."""
+    fields = {name: np.zeros((len(rows), length), np.int32) for name in ("decoder_tokens", "decoder_segments", "targets")}
+    fields["weights"] = np.zeros((len(rows), length), np.float32)
+    for number, row in enumerate(rows):
+        at = 0
+        for segment, example in enumerate(row, 1):
+            assert example.decoder_ids is not None and example.decoder_labels is not None
+            here = number, slice(at, at + len(example.decoder_ids))
+            at += len(example.decoder_ids)
+            if at > length:
+                raise ValueError(f"a row's answers have {at} tokens, more than {length}; its last sample is {example.id}")
+            fields["decoder_tokens"][here] = example.decoder_ids
+            fields["decoder_segments"][here] = segment
+            fields["targets"][here] = np.where(example.decoder_labels == IGNORED, 0, example.decoder_labels)
+            fields["weights"][here] = example.weight * (example.decoder_labels != IGNORED)
+    return fields
 
 
 def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

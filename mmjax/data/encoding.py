@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, Sample
 from mmjax.data.picture_tokens import PictureTokens
-from mmjax.data.templates import Segment, Template, starts_with_bos
+from mmjax.data.templates import Segment, Template, ends_with_eos, starts_with_bos
 from mmjax.errors import UserError
 from mmjax.models.config import MaskKind
 
@@ -35,6 +35,8 @@ class Example:
     tiles   tiles of each image; () = one each
     tile_tokens   media tokens of a tile
     weight     of its supervised positions in the loss
+    decoder_ids, decoder_labels   int32 [m], of an encoder-decoder, whose encoder reads `ids`: what its decoder reads, and the id
+            to be predicted from each of these positions, else -100
     """
 
     id: str
@@ -46,8 +48,9 @@ class Example:
     category: int = -1
     tiles: tuple[int, ...] = ()
     tile_tokens: int = 0
-
     weight: float = 1.0
+    decoder_ids: np.ndarray | None = None
+    decoder_labels: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.tiles) != len(self.images):
@@ -65,8 +68,12 @@ class Encoder:
     max_length               longer samples are cut, never inside an image; 0 = no limit
     pictures                 how many tiles and tokens an image has by its size; None = it is one tile, whatever its size
     mask, media_positions    how its examples are collated (see mmjax.data.collation.collate)
+    start_token              of an encoder-decoder: what its decoder begins with; None = the model has no encoder of text
+    max_answer               longer answers of an encoder-decoder are cut; 0 = no limit
 
     The text between two images is tokenised on its own, and the tokenizer's start token is put once, as LLaVA does.
+    An encoder-decoder's encoder reads everything before the last answer (images, earlier turns), with the end token where its
+    tokenizer puts one behind a text, and its decoder writes that answer and the end token. A prompt is never cut there.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -78,6 +85,8 @@ class Encoder:
     pictures: PictureTokens | None = None
     mask: MaskKind = "causal"
     media_positions: bool = True
+    start_token: int | None = None
+    max_answer: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -95,6 +104,9 @@ class Encoder:
             segments = self.template.segments(sample.messages, generation_prompt)
         except UserError as error:
             raise BadSample(sample.id, str(error)) from error
+        answer = ""
+        if self.start_token is not None and not generation_prompt:
+            segments, answer = self._parted(sample.id, segments)
         ids, labels, media = [], [], []  # of each chunk
         shown, tiles, spans = [], [], []  # of each image: the part, its tiles, its first position and the one behind it
         if self._adds_bos and not (segments and segments[0].text.startswith(self.tokenizer.bos_token)):
@@ -117,6 +129,10 @@ class Encoder:
                 ids.append(new_ids)
                 labels.append(new_labels)
                 media.append(np.full(len(new_ids), -1))
+        if self._adds_eos:
+            ids.append(np.array([self.tokenizer.eos_token_id]))
+            labels.append(np.array([IGNORED]))
+            media.append(np.full(1, -1))
         example = Example(
             sample.id,
             np.concatenate(ids).astype(np.int32),
@@ -127,11 +143,13 @@ class Encoder:
             tile_tokens=self.tokens_per_image,
         )
         if self.max_length and len(example.ids) > self.max_length:
-            if generation_prompt:
+            if generation_prompt or answer:
                 raise BadSample(
                     sample.id, f"the prompt has {len(example.ids)} tokens; there is room for {self.max_length}"
                 )
             example = self._cut(example, spans)
+        if answer:
+            return self._answered(example, answer)
         if not generation_prompt and not (example.labels[1:] != IGNORED).any():
             limit = f" within {self.max_length} tokens" if self.max_length else ""
             raise BadSample(sample.id, f"nothing in it is supervised{limit} under the template {self.template.name!r}")
@@ -150,6 +168,27 @@ class Encoder:
             except BrokenImage as error:
                 raise BadSample(sample.id, str(error)) from error
         return self.pictures.tiles(size), self.pictures.order(size)
+
+    def _parted(self, id: str, segments: Sequence[Segment]) -> tuple[list[Segment], str]:
+        """What stands before the last answer, and that answer without the white space around it."""
+        supervised = [segment.supervised and bool(segment.text.strip()) for segment in segments]
+        if not any(supervised):
+            raise BadSample(id, f"nothing in it is supervised under the template {self.template.name!r}")
+        end = len(segments) - supervised[::-1].index(True)
+        start = end
+        while start and segments[start - 1].supervised:
+            start -= 1
+        return list(segments[:start]), "".join(segment.text for segment in segments[start:end]).strip()
+
+    def _answered(self, example: Example, answer: str) -> Example:
+        """The example with what an encoder-decoder's decoder reads and predicts."""
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            raise UserError("the tokenizer has no end token, with which an encoder-decoder's answers end")
+        ids = self.tokenizer(answer, add_special_tokens=False, verbose=False)["input_ids"]
+        labels = np.array(ids if ids[-1:] == [end] else [*ids, end], np.int32)[: self.max_answer or None]
+        read = np.concatenate([[self.start_token], labels[:-1]]).astype(np.int32)
+        return dataclasses.replace(example, decoder_ids=read, decoder_labels=labels)
 
     def _cut(self, example: Example, spans: Sequence[tuple[int, int]]) -> Example:
         """The first max_length positions, less an image that would not be whole and images that no text is left of; `spans` are the
@@ -173,6 +212,10 @@ class Encoder:
     @functools.cached_property
     def _adds_bos(self) -> bool:
         return self.template.adds_bos and starts_with_bos(self.tokenizer)
+
+    @functools.cached_property
+    def _adds_eos(self) -> bool:
+        return self.start_token is not None and ends_with_eos(self.tokenizer)
 
     def _chunks(self, segments: Sequence[Segment]) -> list[dict[str, Any] | list[Segment]]:
         """Image parts, and the runs of text segments between them with the delimiters joined on."""

@@ -24,11 +24,13 @@ CHUNK = 512  # samples a worker measures at a time
 @dataclasses.dataclass(frozen=True)
 class Table:
     """tokens, tiles   int32 [samples]
+    answers         int32 [samples]: tokens of an encoder-decoder's decoder, beside `tokens`, which its encoder reads
     dropped         the samples that cannot be used: index -> (id, reason)
     """
 
     tokens: np.ndarray
     tiles: np.ndarray
+    answers: np.ndarray
     dropped: dict[int, tuple[str, str]]
 
 
@@ -55,6 +57,7 @@ def measure(dataset: Dataset, prepare: Prepare, workers: int, threads: int, cach
     table = Table(
         np.concatenate([part.tokens for part in measured]),
         np.concatenate([part.tiles for part in measured]),
+        np.concatenate([part.answers for part in measured]),
         {index: why for part in measured for index, why in part.dropped.items()},
     )
     if cache is not None:
@@ -74,7 +77,7 @@ def key(source: str, encoder: Encoder | None, *more: object) -> str:
 
 
 def _measure(dataset: Dataset, prepare: Prepare, chunk: range) -> Table:
-    tokens, tiles = np.zeros(len(chunk), np.int32), np.zeros(len(chunk), np.int32)
+    tokens, tiles, answers = (np.zeros(len(chunk), np.int32) for _ in range(3))
     dropped = {}
     for place, index in enumerate(chunk):
         try:
@@ -83,7 +86,8 @@ def _measure(dataset: Dataset, prepare: Prepare, chunk: range) -> Table:
             dropped[index] = (error.id, error.reason)
         else:
             tokens[place], tiles[place] = len(example.ids), example.tile_count
-    return Table(tokens, tiles, dropped)
+            answers[place] = len(example.decoder_ids) if example.decoder_ids is not None else 0
+    return Table(tokens, tiles, answers, dropped)
 
 
 _here: tuple[Dataset, Prepare]  # of a worker process
@@ -103,7 +107,7 @@ def _read(path: Path) -> Table | None:
     try:
         with np.load(path, allow_pickle=False) as stored:
             pairs = zip(stored["dropped"].tolist(), zip(stored["ids"].tolist(), stored["reasons"].tolist()))
-            return Table(stored["tokens"], stored["tiles"], dict(pairs))
+            return Table(stored["tokens"], stored["tiles"], stored["answers"], dict(pairs))
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         return None
 
@@ -116,6 +120,7 @@ def _write(path: Path, table: Table) -> None:
             file,
             tokens=table.tokens,
             tiles=table.tiles,
+            answers=table.answers,
             dropped=np.array(list(table.dropped), np.int64),
             ids=np.array([id for id, _ in table.dropped.values()], str),
             reasons=np.array([reason for _, reason in table.dropped.values()], str),

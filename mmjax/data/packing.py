@@ -29,35 +29,46 @@ class Rows:
 
 
 def plan(
-    lengths: np.ndarray, tiles: np.ndarray, order: np.ndarray, length: int, tiles_per_row: int, packing: bool = True
+    lengths: np.ndarray,
+    tiles: np.ndarray,
+    order: np.ndarray,
+    length: int,
+    tiles_per_row: int,
+    packing: bool = True,
+    answers: np.ndarray | None = None,
+    answer_length: int = 0,
 ) -> Rows:
-    """Rows of whole samples, each within `length` tokens and `tiles_per_row` image tiles.
+    """Rows of whole samples, each within `length` tokens, `tiles_per_row` image tiles and, of an encoder-decoder,
+    `answer_length` tokens of its decoder.
 
-    lengths, tiles   int [samples]: tokens and tiles of each sample; order   int [any]: the samples in the order they come
+    lengths, tiles, answers   int [samples]: what each sample takes of them; order   int [any]: the samples in the order they come
 
     Greedy best fit: a sample goes to the fullest of the open rows that has room for it. Where none has, the fullest row is
     closed (rows come out in the order in which they are closed). Raises ValueError for a sample that fits no row.
     """
     tokens_of, tiles_of = lengths[order], tiles[order]
-    if (tokens_of > length).any() or (tiles_of > tiles_per_row).any():
+    answers_of = np.zeros_like(tokens_of) if answers is None else answers[order]
+    if (tokens_of > length).any() or (tiles_of > tiles_per_row).any() or (answers_of > answer_length).any():
         raise ValueError(f"a sample is larger than a row of {length} tokens and {tiles_per_row} tiles")
     if not packing:
         return Rows(np.asarray(order, np.int64), np.arange(len(order) + 1))
     contents: list[list[int]] = [[] for _ in range(OPEN_ROWS)]
     tokens_left = np.full(OPEN_ROWS, length)
     tiles_left = np.full(OPEN_ROWS, tiles_per_row)
+    answers_left = np.full(OPEN_ROWS, answer_length)
     closed: list[list[int]] = []
-    for sample, tokens, pictures in zip(order.tolist(), tokens_of.tolist(), tiles_of.tolist()):
-        fits = (tokens_left >= tokens) & (tiles_left >= pictures)
+    for sample, tokens, pictures, written in zip(*(each.tolist() for each in (order, tokens_of, tiles_of, answers_of))):
+        fits = (tokens_left >= tokens) & (tiles_left >= pictures) & (answers_left >= written)
         rank = np.where(fits, tokens_left * (tiles_per_row + 1) + tiles_left, np.iinfo(np.int64).max)
         row = int(rank.argmin())
         if not fits[row]:
             row = int(np.argmin(tokens_left * (tiles_per_row + 1) + tiles_left))
             closed.append(contents[row])
-            contents[row], tokens_left[row], tiles_left[row] = [], length, tiles_per_row
+            contents[row], tokens_left[row], tiles_left[row], answers_left[row] = [], length, tiles_per_row, answer_length
         contents[row].append(sample)
         tokens_left[row] -= tokens
         tiles_left[row] -= pictures
+        answers_left[row] -= written
     closed += [row for row in contents if row]
     starts = np.cumsum([0, *map(len, closed)])
     return Rows(np.array([sample for row in closed for sample in row], np.int64), starts)

@@ -58,7 +58,8 @@ class Info:
     """What a step holds, for the log; of this process's rows.
 
     ids          ids of the samples of each row
-    tokens       positions that are not padding; supervised: of these, the ones predicted from
+    tokens       positions that are not padding; supervised: of these, the ones predicted from; answers: those of an
+                 encoder-decoder's decoder
     padding      share of positions that are padding
     tiles        of the images
     epoch        how many epochs are done after the step
@@ -73,6 +74,7 @@ class Info:
     images: int
     tiles: int
     skipped: tuple[Skipped, ...]
+    answers: int = 0
 
     @property
     def samples(self) -> int:
@@ -83,7 +85,7 @@ class Pipeline:
     """The batches of a stage.
 
     datasets        by the names of stage.sources
-    encoder         its max_length is set to stage.length; None for the objective "classify"
+    encoder         its limits are set to stage.length and stage.answer_length; None for the objective "classify"
     groups          of the whole step over all processes: (shards of the data axes) x stage.accumulate. Micro-batch m is the m-th part
                     of every shard's rows and groups, so that no row changes its device (see mmjax.training.step)
     process_index   this process yields stage.rows / process_count rows and groups / process_count groups a step
@@ -117,7 +119,9 @@ class Pipeline:
         if unknown := [flag for flag in stage.augment if flag != "flip"]:
             raise UserError(f"unknown augmentation {unknown[0]!r}; there is flip")
         self.stage, self.datasets, self.loader, self.seed = stage, dict(datasets), loader, seed
-        self.encoder = encoder and dataclasses.replace(encoder, max_length=stage.length)
+        # positions of an encoder-decoder's decoder; 0 where there is none
+        self.answer_length = (stage.answer_length or stage.length) if encoder and encoder.start_token is not None else 0
+        self.encoder = encoder and dataclasses.replace(encoder, max_length=stage.length, max_answer=self.answer_length)
         self.image_processor, self.features = image_processor, features
         self.rows, self.groups = rows, groups_here
         self.process_index, self.process_count = process_index, process_count
@@ -127,7 +131,7 @@ class Pipeline:
         self._names = list(datasets)
         self._sizes = [len(dataset) for dataset in datasets.values()]
         self._weights = [stage.sources[name].weight for name in self._names]
-        self._tokens, self._tiles, self._usable = self._table(Path(workdir) if workdir else None)
+        self._tokens, self._tiles, self._answers, self._usable = self._table(Path(workdir) if workdir else None)
         if self._tiles.any() and image_processor is None and features is None:
             raise UserError(f"the sources {', '.join(self._names)} have images, but the model has no vision encoder")
         self._plans: dict[int, packing.Rows] = {}
@@ -183,10 +187,12 @@ class Pipeline:
             tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
             media_shape=shape,
             **({"mask": self.encoder.mask, "media_positions": self.encoder.media_positions} if self.encoder else {}),
+            answer_length=self.answer_length,
         )
         if not language and batch.classes is None and batch.tiles is not None:
             batch = dataclasses.replace(batch, classes=np.full(batch.tiles.shape, -1, np.int32))
-        tokens = sum(len(example.ids) for row in rows for example in row)
+        answers = sum(len(e.decoder_ids) for row in rows for e in row if e.decoder_ids is not None)
+        tokens = sum(len(example.ids) for row in rows for example in row) + answers
         end_of_step = (step + 1) * self.stage.rows - 1
         info = Info(
             step=int(step),
@@ -194,10 +200,11 @@ class Pipeline:
             ids=tuple(tuple(example.id for example in row) for row in rows),
             tokens=tokens,
             supervised=int(np.count_nonzero(batch.weights)) if batch.weights is not None else 0,
-            padding=1 - tokens / (self.rows * self.stage.length) if language else 0.0,
+            padding=1 - tokens / (self.rows * (self.stage.length + self.answer_length)) if language else 0.0,
             images=sum(len(example.images) for row in rows for example in row),
             tiles=sum(example.tile_count for row in rows for example in row),
             skipped=tuple(skipped),
+            answers=answers,
         )
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         return {name: value for name, value in fields.items() if value is not None}, info
@@ -236,8 +243,8 @@ class Pipeline:
             raise UserError('the objective "language" needs a tokenizer')
         return functools.partial(_encoded, encoder=self.encoder, tiles=self.stage.tiles)
 
-    def _table(self, workdir: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Tokens and tiles of every sample of the mixture, and which are usable; the others go into `skipped`."""
+    def _table(self, workdir: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens, tiles and answers of every sample of the mixture, and which are usable; the others go into `skipped`."""
         tables = []
         for name, dataset in self.datasets.items():
             cache = None
@@ -253,7 +260,8 @@ class Pipeline:
             table = lengths.measure(dataset, self._prepare, self.loader.workers, self.loader.threads, cache)
             tables.append(table)
             self.skipped += [Skipped(name, id, reason) for id, reason in table.dropped.values()]
-        tokens, tiles = (np.concatenate([getattr(table, field) for table in tables]) for field in ("tokens", "tiles"))
+        measured = (np.concatenate([getattr(table, field) for table in tables]) for field in ("tokens", "tiles", "answers"))
+        tokens, tiles, answers = measured
         usable = np.ones(len(tokens), bool)
         for first, table in zip(np.cumsum([0, *self._sizes]).tolist(), tables):
             usable[[first + index for index in table.dropped]] = False
@@ -261,7 +269,7 @@ class Pipeline:
         if len(broken) > self.loader.max_broken * len(tokens) or not usable.any():
             listed = broken or self.skipped
             raise UserError(f"{len(listed)} of {len(tokens)} samples cannot be used: {_listed(listed)}")
-        return tokens, tiles, usable
+        return tokens, tiles, answers, usable
 
     def _plan(self, epoch: int) -> packing.Rows:
         """The rows of an epoch."""
@@ -269,9 +277,8 @@ class Pipeline:
             if epoch not in self._plans:
                 order = packing.order(self._sizes, self._weights, self.seed, epoch)
                 order, stage = order[self._usable[order]], self.stage
-                self._plans[epoch] = packing.plan(
-                    self._tokens, self._tiles, order, stage.length, stage.tiles, stage.packing
-                )
+                budgets = stage.length, stage.tiles, stage.packing, self._answers, self.answer_length
+                self._plans[epoch] = packing.plan(self._tokens, self._tiles, order, *budgets)
                 for old in sorted(set(self._plans) - {epoch})[:-2]:
                     del self._plans[old]
             return self._plans[epoch]

@@ -115,6 +115,8 @@ class Captions:
 
     split   "train": one sample for each caption; "eval": one for each picture, all its captions are answers
     prompt  what the user says beside the picture
+    prefix  the user says the beginning of the caption instead, none of its words or some (prefix language modelling, BLIP-2's
+            way into an encoder-decoder); how many is drawn by the sample's id. In the split "eval" none
     field   where the captions are; "" = the first of `captions`, `caption` and `en` that a row has
     shown   false = the captions alone, as text for a language model that is to know them before it sees
     """
@@ -127,11 +129,13 @@ class Captions:
         prompt: str = "Describe the image.",
         field: str = "",
         shown: bool = True,
+        prefix: bool = False,
     ):
         if split not in ("train", "eval"):
             raise UserError(f"captions: unknown split {split!r}; there are train and eval")
-        self._arguments = path, images, split, prompt, field, shown
+        self._arguments = path, images, split, prompt, field, shown, prefix
         self._rows, self._store, self._shown = open_rows(path), stores.open_store(images), shown
+        self._prefix = prefix
         self._split, self._prompt, self._fields = split, prompt, (field,) if field else ("captions", "caption", "en")
         self._samples = np.array(list(self._counted()), np.int64).reshape(-1, 2)  # row, caption
 
@@ -147,8 +151,13 @@ class Captions:
         caption = captions[which]
         if self._split == "train":
             id = f"{id}#{which}"
+        prompt = "" if self._prefix else self._prompt
+        if self._prefix and self._split == "train":
+            words = caption.split()
+            said = _drawn(id, len(words))
+            prompt, caption = " ".join(words[:said]), " ".join(words[said:])
         content = [{"type": "image", "path": row["image"]}] if self._shown else []
-        content += [{"type": "text", "text": self._prompt}] if self._prompt or not content else []
+        content += [{"type": "text", "text": prompt}] if prompt or not content else []
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
         return Sample(id, messages.validated(turns, id), "caption", tuple(captions))
 
@@ -191,6 +200,11 @@ class First(in_context.Wrapped):
         return self.dataset[index]
 
 
+def _drawn(key: str, count: int) -> int:
+    """One of the numbers below `count`, always the same for the same key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") % max(count, 1)
+
+
 def _picture(store: stores.Store, name: str) -> Image.Image:
     return images.decode(store.read(name))
 
@@ -208,7 +222,7 @@ def _rows_opener(convert: Callable[[Mapping[str, Any], str], Sample]) -> Callabl
 
 
 def _captions(source: config.Source) -> Dataset:
-    _known_options(source, ("split", "prompt", "field", "shown"))
+    _known_options(source, ("split", "prompt", "field", "shown", "prefix"))
     return Captions(source.path, source.images, **source.options)
 
 

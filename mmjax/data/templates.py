@@ -208,6 +208,12 @@ def starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return ids != bare and ids[0] == tokenizer.bos_token_id
 
 
+def ends_with_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts its end token behind a text, as T5's does."""
+    bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return ids != bare and ids[-1] == tokenizer.eos_token_id
+
+
 def _of_tokenizer(tokenizer: PreTrainedTokenizerBase, system: str | None) -> Template:
     jinja = tokenizer.chat_template
     if isinstance(jinja, dict):

@@ -54,7 +54,7 @@ def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str,
     """The figures of `_COLUMNS` for one stage. `dtype`: of frozen weights; `key` names the stage in errors.
 
     Every position that is not the picture's is taken to be supervised, and every row to be full. An encoder-decoder's encoder
-    reads the row, and its decoder writes as many positions as are supervised.
+    reads the row, and its decoder writes a row of answers (stage.answer_length, or as much as is not the picture's).
     """
     selection = select(params, stage.trainable, f"{key}.trainable")
     trainable = shapes(params, selection, stage.param_dtype)
@@ -73,6 +73,8 @@ def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str,
     else:
         supervised, tiles = max(0.0, length - media), 1 if stage.tiles else 0
         sequence_to_sequence = config.llm is not None and config.llm.encoder is not None
+        if sequence_to_sequence and stage.answer_length:
+            supervised = stage.answer_length / per_row
         lengths, sources = ([supervised], [length]) if sequence_to_sequence else ([length], [])
         parts = cost.count(lengths, supervised, tiles, encoded, sources)
     per_sample = sum(parts.values())

@@ -31,7 +31,7 @@ Params = dict[str, Any]
 
 class Memory(NamedTuple):
     """What an encoder-decoder's decoder reads: keys and values of each layer's cross-attention [layers, rows, S, kv_heads, head_dim],
-    and int [rows, S], 0 where there is nothing to see."""
+    and int [rows, S], the packed sample that each is of, 0 where there is nothing to see."""
 
     keys: jax.Array
     values: jax.Array
@@ -299,8 +299,8 @@ def _blank_memory(config: DecoderConfig) -> tuple[jax.Array, jax.Array, Mask] | 
 
 
 def _memory_mask(memory: Memory, segments: jax.Array) -> Mask:
-    """Every position sees the whole memory of its row."""
-    return Mask(causal=False, query_segments=jnp.ones_like(segments), key_segments=(memory.segments > 0).astype(jnp.int32))
+    """Every position sees what was read of its own sample."""
+    return Mask(causal=False, query_segments=segments, key_segments=memory.segments)
 
 
 def _extras(

@@ -123,8 +123,14 @@ def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **se
     if tokens is None:
         tokens = jnp.full((x.shape[0], 1), llm.start_token, jnp.int32)
         segments = jnp.ones_like(tokens)
-    positions = jnp.maximum(jnp.cumsum(segments > 0, 1) - 1, 0)
-    return Reading(decoder.embed(leaves, llm, tokens, run), segments, positions, memory, encoded)
+    return Reading(decoder.embed(leaves, llm, tokens, run), segments, positions_within(segments), memory, encoded)
+
+
+def positions_within(segments: jax.Array) -> jax.Array:
+    """int [rows, T]: the position of each token within its sample, by the samples' numbers (ascending, 0 = padding)."""
+    counted = jnp.maximum(jnp.cumsum(segments > 0, 1) - 1, 0)
+    before = jnp.pad(jax.lax.cummax(segments, 1)[:, :-1], ((0, 0), (1, 0)))
+    return counted - jax.lax.cummax(jnp.where(segments > before, counted, 0), 1)
 
 
 def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: Execution, **settings: Any) -> decoder.Decoded:
@@ -155,7 +161,7 @@ def decode(
     """The LLM's states after its final norm, and the routers' logits of a mixture of experts; `dropout` in its blocks where there is
     a key."""
     if config.language.encoder is not None and batch.decoder_tokens is None:
-        raise UserError("the language model is an encoder-decoder: its batches need decoder_tokens, which recipes do not make")
+        raise UserError("the language model is an encoder-decoder: its batches need decoder_tokens")
     encoder_key = None if dropout_key is None else jax.random.fold_in(dropout_key, config.language.layers)
     reading = read(params, config, batch, run, dropout=dropout, dropout_key=encoder_key)
     return decode_reading(params, config, reading, run, dropout=dropout, dropout_key=dropout_key)

@@ -122,8 +122,11 @@ class Speed:
         return values if mfu is None else {**values, "mfu": mfu}
 
     def _flops(self, info: Info) -> float:
-        lengths = [info.tokens / info.samples] * info.samples if info.samples else []
-        return sum(self.cost.count(lengths, info.supervised, info.tiles, self.encoded).values())
+        read, written = info.tokens - info.answers, info.answers
+        shares = [[n / info.samples] * info.samples if n and info.samples else [] for n in (read, written)]
+        # of an encoder-decoder what its encoder reads stands apart
+        lengths, sources = reversed(shares) if written else shares
+        return sum(self.cost.count(lengths, info.supervised, info.tiles, self.encoded, sources).values())
 
 
 def peak_memory() -> int:

@@ -18,7 +18,7 @@ SIZES_STEPS_DATA = re.compile(
     r"|model\.connector\.(path|hidden_width|pooled_tokens)"
     r"|model\.tokenizer\.(path|vocab_size|min_frequency)"
     r"|model\.adapters\.\w+\.(rank|alpha)"
-    r"|stages\.\w+\.(steps|epochs|rows|length|tiles|accumulate)"
+    r"|stages\.\w+\.(steps|epochs|rows|length|answer_length|tiles|accumulate)"
     r"|stages\.\w+\.validation\.(every|batches|patience)"
     r"|stages\.\w+\.(validation\.)?sources\..*"
     r"|evaluations\.\w+\.(source\..*|max_new_tokens|batch|limit|samples)"

@@ -94,6 +94,16 @@ def test_captions_for_training_and_for_evaluation(tmp_path):
         opened(split="test")
 
 
+def test_the_beginning_of_a_caption_is_the_users(tmp_path):
+    captions = [" ".join(f"{word}{number}" for word in "abcde") for number in range(40)]
+    (tmp_path / "c.jsonl").write_text(json.dumps({"id": "x", "image": "x.png", "captions": captions}))
+    dataset = sources.open(Source(kind="captions", path=str(tmp_path / "c.jsonl"), options={"prefix": True}))
+    said = [text(dataset[number].messages[0]).split() for number in range(40)]
+    for number, caption in enumerate(captions):
+        assert [*said[number], *text(dataset[number].messages[1]).split()] == caption.split()
+    assert {len(words) for words in said} == {0, 1, 2, 3, 4}
+
+
 def test_kinds_limits_and_fingerprints(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps(llava(number)) for number in range(9)))
