@@ -74,6 +74,7 @@ class Data:
                 supervised=supervised,
                 padding=0.1,
                 images=0,
+                tiles=0,
                 answers=0,
                 samples=4,
                 step=step,
