@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from mmjax.families import bert, clip, composed, llava, llava_llama, parts, siglip, siglip2, text_towers, vila
+from mmjax.families import (
+    bert,
+    clip,
+    composed,
+    llava,
+    llava_llama,
+    paligemma,
+    parts,
+    siglip,
+    siglip2,
+    text_towers,
+    vila,
+)
 from mmjax.families.family import Config, Family
 
 FAMILIES = (
@@ -14,6 +26,7 @@ FAMILIES = (
     siglip2.FAMILY,
     text_towers.CLIP,
     text_towers.SIGLIP,
+    paligemma.FAMILY,
     composed.FAMILY,
     bert.FAMILY,
     *parts.LANGUAGE,

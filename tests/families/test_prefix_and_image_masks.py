@@ -1,0 +1,176 @@
+"""PaliGemma (1 and 2), whose prompts are seen both ways, against transformers in both directions, every parameter drawn."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax import tree
+from mmjax.errors import UserError
+from mmjax.families import find
+
+torch = pytest.importorskip("torch")
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+import transformers as hf  # noqa: E402
+
+PLACEHOLDER, TOKENS, SIDE = 97, 4, 56
+TOWER = {
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vision_use_head": False,
+    "layer_norm_eps": 1e-5,
+}
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 12,
+    "max_position_embeddings": 128,
+}
+
+
+def paligemma(text, **settings):
+    vision = hf.SiglipVisionConfig(**TOWER, image_size=SIDE, patch_size=28)
+    config = hf.PaliGemmaConfig(text_config=text, vision_config=vision, projection_dim=32, image_token_index=PLACEHOLDER, **settings)
+    return hf.PaliGemmaForConditionalGeneration(config)
+
+
+SYSTEMS = {
+    "paligemma": lambda: paligemma(hf.GemmaConfig(**TEXT)),
+    "paligemma 2, whose prompts are longer than its window": lambda: paligemma(
+        hf.Gemma2Config(**TEXT, sliding_window=6, query_pre_attn_scalar=20), tie_word_embeddings=False
+    ),
+}
+
+
+def randomised(model):
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        norm = "norm" in name.lower() and name.endswith("weight")
+        torch.nn.init.normal_(parameter, 1.0 if norm else 0.0, 0.1 if norm else 0.2)
+    return model.eval()
+
+
+def rows(images_per_row=(1, 0, 3, 2), answer: int = 3, seed: int = 0) -> dict[str, np.ndarray]:
+    """Rows of text with so many images in it and an answer behind, padded on the left."""
+    rng = np.random.default_rng(seed)
+    prompts, kinds = [], []
+    for row, count in enumerate(images_per_row):
+        ids = list(rng.integers(3, 90, 2 + row))
+        for _ in range(count):
+            ids += [PLACEHOLDER] * TOKENS + list(rng.integers(3, 90, 2))
+        kinds.append([0] * len(ids) + [1] * answer)
+        prompts.append(ids + list(rng.integers(3, 90, answer)))
+    length = max(map(len, prompts))
+
+    def padded(lists, fill=0):
+        return np.array([[fill] * (length - len(row)) + row for row in lists])
+
+    ids, types = padded(prompts), padded(kinds)
+    pixels = rng.standard_normal((sum(images_per_row), 3, SIDE, SIDE)).astype(np.float32)
+    return {
+        "input_ids": ids,
+        "attention_mask": padded([[1] * len(row) for row in prompts]),
+        "token_type_ids": types,
+        "labels": np.where(types == 1, ids, -100),
+        "pixel_values": pixels,
+    }
+
+
+def torch_inputs(given):
+    return {name: torch.tensor(value) for name, value in given.items()}
+
+
+def run(theirs, given):
+    with torch.no_grad():
+        return theirs(**torch_inputs(given))
+
+
+@pytest.fixture(scope="module", params=list(SYSTEMS))
+def pair(request, tmp_path_factory):
+    """(transformers' model, its directory, ours read from it)."""
+    theirs = randomised(SYSTEMS[request.param]())
+    directory = tmp_path_factory.mktemp("theirs")
+    theirs.save_pretrained(directory)
+    return theirs, directory, mmjax.load(directory)
+
+
+def test_logits_and_loss_equal_transformers(pair):
+    theirs, _, ours = pair
+    given = rows()
+    reference, found = run(theirs, given), ours(given)
+    real = given["attention_mask"] == 1
+    wanted = reference.logits.numpy()
+    assert np.abs(np.asarray(found["logits"]) - wanted)[real].max() < 2e-5 * np.abs(wanted[real]).max()
+    assert abs(float(found["loss"]) - float(reference.loss)) < 1e-5 * max(1, float(reference.loss))
+
+
+def test_greedy_ids_equal_transformers(pair):
+    theirs, _, ours = pair
+    given = {name: value for name, value in rows(answer=0).items() if name != "labels"}
+    with torch.no_grad():
+        wanted = theirs.generate(**torch_inputs(given), max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    found = ours.generate(given, max_new_tokens=24, ignore_eos=True)
+    assert found.tolist() == wanted[:, given["input_ids"].shape[1] :].tolist()
+
+
+def test_written_model_is_bit_identical_in_transformers(pair, tmp_path):
+    theirs, _, ours = pair
+    ours.save_pretrained(tmp_path)
+    again, report = type(theirs).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    state = again.eval().state_dict()
+    for name, value in theirs.state_dict().items():
+        assert torch.equal(state[name], value), name
+    given = rows()
+    assert torch.equal(run(again, given).logits, run(theirs, given).logits)
+
+
+def test_names_in_memory_are_read_as_well(pair, tmp_path):
+    """And published files' `vision_model.`, and copies of tied weights."""
+    theirs, directory, ours = pair
+    named = {name.replace("vision_tower.", "vision_tower.vision_model."): t.clone() for name, t in theirs.state_dict().items()}
+    safetensors_torch.save_file(named, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((directory / "config.json").read_text())
+    same = tree.flatten(mmjax.load(tmp_path).params)
+    for path, leaf in tree.flatten(ours.params).items():
+        assert np.array_equal(np.asarray(same[path]), np.asarray(leaf)), path
+
+
+def test_a_batch_equals_its_rows_alone(pair):
+    _, _, ours = pair
+    given = rows()
+    together, first = np.asarray(ours(given)["logits"]), given["attention_mask"][0].argmax()
+    alone = {name: value[:1] if name == "pixel_values" else value[:1, first:] for name, value in given.items()}
+    assert np.allclose(np.asarray(ours(alone)["logits"])[0], together[0, first:], rtol=1e-4, atol=1e-4)
+
+
+def test_configs_are_read_as_they_were_written(pair):
+    theirs, directory, ours = pair
+    config = json.loads((directory / "config.json").read_text())
+    family = find(config)
+    assert family.read_config(family.write_config(ours.config, config), "again") == ours.config
+
+
+def test_without_kinds_of_tokens_a_row_is_a_prompt(tmp_path):
+    theirs = randomised(SYSTEMS["paligemma"]())
+    theirs.save_pretrained(tmp_path)
+    given = {name: value for name, value in rows((1, 1), answer=0).items() if name in ("input_ids", "pixel_values")}
+    wanted = run(theirs, given).logits.numpy()
+    # the first row is shorter: its padding is no padding here, as for transformers
+    assert np.allclose(mmjax.load(tmp_path)(given)["logits"], wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_projection_of_another_width_is_named():
+    config = json.loads(SYSTEMS["paligemma"]().config.to_json_string())
+    with pytest.raises(UserError, match="projection_dim = 64"):
+        find(config).read_config({**config, "projection_dim": 64}, "config.json")
