@@ -1,13 +1,14 @@
 """Tries every recipe at its `tiny` size on real photographs, with the picture and without it.
 
-    python -m mmjax.main --config=configs/gallery_base.py            # once: a small language model and a small encoder
-    python -m tests.gallery workdirs/gallery_base/export             # every recipe: a table, and gallery.json beside it
-    python -m tests.gallery workdirs/gallery_base/export llava15 git # some of them
+    python -m mmjax.main --config=configs/gallery_base.py     # once: a small language model that has only read
+    python -m tests.gallery                                   # every recipe: a table, and gallery.json beside it
+    python -m tests.gallery llava15 git                       # some of them
 
-A recipe runs through all of its own stages. What is changed: its parts are those of the base (parts that a recipe begins from
-nothing stay fresh), its data are Flickr8k's captions (documents of several pictures where it reads interleaved documents, the
-captions alone where it reads text), and its learning rates suit small models. Then it describes 500 held-out photographs, the same with the
-photographs shuffled among them, and without any.
+A recipe runs through all of its own stages. What is changed beside sizes: its language model is the base's and its encoder
+MobileNetV2, trained on ImageNet (parts that a recipe begins from nothing stay fresh), with features from the last layer, kept
+from epoch to epoch where the encoder is frozen; its data are Flickr8k's captions (documents of several pictures where it reads
+interleaved documents, the captions alone where it reads text); its learning rates suit small models. Then it describes 500
+held-out photographs, the same with the photographs shuffled among them, and without any.
 """
 
 from __future__ import annotations
@@ -17,30 +18,38 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from mmjax import tree
 from mmjax.assembly import model_config
-from mmjax.config import Evaluation, Mesh, Part, Recipe, Source, Stage, from_config_dict
+from mmjax.config import Evaluation, Mesh, Optimizer, Part, Recipe, Source, Stage, from_config_dict
 from mmjax.config_parsing import to_dict
+from mmjax.models import multimodal
+from mmjax.models.config import ModelConfig
+from mmjax.training.trainable import select
 from tests.configs import expand
 
 NOT_SYSTEMS = ("continue_from_hf", "flickr8k", "gallery_base", "quickstart")
 SAMPLES = 10_000  # captions a recipe is trained on, over all stages
-ROWS, IN_ROW = 8, 5  # rows of a step, and captions that a row has room for
-TEXT = 40  # tokens of a caption and what its template puts around it
+ROWS, IN_ROW = 4, 5  # rows of a step, and captions that a row has room for
+TEXT = 32  # tokens of a caption and what its template puts around it
 RATE = 3e-3
+SIZE = 160  # side of the pictures; those of Flickr8k are stored at this size
 HELD_OUT = 500
+PICTURES = 2000  # training photographs, each with five captions
 DOCUMENTS = ("mmc4", "obelics")
 PROMPT = "Describe the image."
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gallery", description=__doc__.splitlines()[0])
-    parser.add_argument("base", type=Path, help="directory of the small base model (an export of configs/gallery_base.py)")
     parser.add_argument("recipes", nargs="*", help="names of recipes, with arguments after a colon; none = all")
+    parser.add_argument("--llm", type=Path, default=Path("workdirs/gallery_base/export"), help="directory of the small base model")
+    parser.add_argument("--vision", type=Path, default=Path("../shared/data/weights/mobilenet_v2_hf"), help="a MobileNetV2")
     parser.add_argument("--data", type=Path, default=Path("../shared/data/flickr8k"), help="directory of Flickr8k")
     parser.add_argument("--out", type=Path, default=Path("workdirs/gallery"), help="where workdirs and the table go")
     parser.add_argument("--samples", type=int, default=SAMPLES, help="captions a recipe is trained on")
@@ -48,16 +57,16 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     names = chosen.recipes or systems()
     if chosen.alone:
-        return _train(photographs(names[0], chosen.base, chosen.data, chosen.samples), chosen.out)
+        return _train(photographs(names[0], chosen), chosen.out)
     rows = []
     for name in names:
-        workdir = chosen.out / name.replace(":", "_").replace(",", "_").replace("=", "_")
-        began = time.perf_counter()
-        command = [sys.executable, "-m", "tests.gallery", str(chosen.base), name, "--alone", f"--samples={chosen.samples}"]
+        workdir = chosen.out / re.sub(r"[:,=]", "_", name)
         workdir.mkdir(parents=True, exist_ok=True)
+        settings = [f"--{key}={getattr(chosen, key)}" for key in ("llm", "vision", "data", "samples")]
+        command = [sys.executable, "-m", "tests.gallery", name, "--alone", f"--out={workdir}", *settings]
+        began = time.perf_counter()
         with (workdir / "log.txt").open("w") as log:
-            more = [f"--data={chosen.data}", f"--out={workdir}"]
-            code = subprocess.run([*command, *more], stdout=log, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
         rows.append(_row(name, workdir, code, time.perf_counter() - began))
         print(line(rows[-1]), flush=True)
     (chosen.out / "gallery.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -70,21 +79,26 @@ def systems() -> list[str]:
     return sorted({name for name, _ in expand.variants()} - set(NOT_SYSTEMS))
 
 
-def photographs(name: str, base: Path, data: Path, samples: int = SAMPLES) -> Recipe:
-    """The recipe `:tiny`, with the parts of `base` and with Flickr8k for data."""
+def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
+    """The recipe `:tiny`, with the published parts and the photographs that were chosen."""
     name, _, argument = name.partition(":")
     full = from_config_dict(expand.config(name, argument))
     small = from_config_dict(expand.config(name, f"{argument},tiny"))
-    model = dataclasses.replace(small.model, llm=_part(full, "llm", small, base), vision=_part(full, "vision", small, base), dtype="float32")
+    parts = {"llm": _part(full, small, "llm", chosen.llm), "vision": _part(full, small, "vision", chosen.vision)}
+    seen = {"feature_layers": (-1,), "post_norm": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
+    if parts["vision"].path == "":
+        seen = {}
+    model = dataclasses.replace(small.model, **parts, **seen, dtype="float32")
     recipe = dataclasses.replace(small, model=model, mesh=Mesh(cpu_devices=2))
-    tokens = model_config(recipe).tokens_per_tile
+    config = model_config(recipe)
+    params = multimodal.shapes(config)
+    samples = chosen.samples // len(full.run)
     stages = {}
-    for stage in full.stages:
-        stages[stage] = _stage(recipe, stage, full.stages[stage], data, tokens, samples // len(full.run))
+    for stage in full.run:
+        stages[stage] = _stage(recipe, stage, full.stages[stage], chosen.data, config, params, samples)
     last = stages[full.run[-1]]
-    template = last.template or recipe.model.template
     held_out = Evaluation(
-        source=_captions(data, "val", "eval", template),
+        source=_captions(chosen.data, "val", "eval", last.template or model.template),
         metrics=("bleu", "cider"),
         blind=True,
         max_new_tokens=24,
@@ -139,31 +153,46 @@ def _row(name: str, workdir: Path, code: int, seconds: float) -> dict:
     return {"name": name, "stages": stages, **figures, "seconds": seconds, "beats": beats}
 
 
-def _part(full: Recipe, which: str, small: Recipe, base: Path) -> Part:
-    """The base's part in place of a published one; a part that the recipe begins from nothing, or of a kind that the base has not, stays."""
+def _part(full: Recipe, small: Recipe, which: str, path: Path) -> Part:
+    """The directory in place of what is published; a part that the recipe begins from nothing, or of a kind that the base is not, stays."""
     published = full.model.path or getattr(full.model, which).path
     own: Part = getattr(small.model, which)
     encoder_decoder = which == "llm" and own.config.get("model_type") in ("t5", "mt5")
-    return Part(path=str(base)) if published and not encoder_decoder else own
+    return Part(path=str(path)) if published and not encoder_decoder else own
 
 
-def _stage(recipe: Recipe, name: str, full: Stage, data: Path, tokens: int, samples: int) -> Stage:
+def _stage(
+    recipe: Recipe, name: str, full: Stage, data: Path, config: ModelConfig, params: multimodal.Params, samples: int
+) -> Stage:
     small = recipe.stages[name]
-    template = small.template or recipe.model.template
-    sources = {key: _source(source, data, template) for key, source in full.sources.items()}
-    rows = max(ROWS, small.accumulate * 2)
-    optimizer = dataclasses.replace(small.optimizer, learning_rate=RATE, schedule="cosine", warmup_steps=0, warmup_ratio=0.1, clip_norm=1.0)
+    there = [glob for glob in small.trainable if any(tree.matches(path, glob) for path in tree.flatten(params))]
+    frozen = not any(path.startswith("vision/") for path in select(params, there, name).leaves)
+    rows, in_row = (max(ROWS, small.accumulate * 2), IN_ROW) if small.packing else (max(ROWS, small.accumulate * 2) * IN_ROW, 1)
     return dataclasses.replace(
         small,
-        sources=sources,
+        trainable=tuple(there),
+        sources={key: _source(source, data, small.template or recipe.model.template) for key, source in full.sources.items()},
         validation=dataclasses.replace(small.validation, sources={}, every=0),
-        steps=max(1, samples // (rows * IN_ROW)),
+        steps=max(1, samples // (rows * in_row) // (1 if frozen else 4)),
         rows=rows,
-        length=IN_ROW * (tokens + TEXT),
-        tiles=IN_ROW if small.tiles else 0,
-        optimizer=optimizer,
+        length=in_row * (config.tokens_per_tile + TEXT),
+        tiles=in_row if small.tiles else 0,
+        cache_features=frozen and recipe.model.vision.path != "",
+        optimizer=_optimizer(small.optimizer, params),
         dtype="float32",
         remat="none",
+    )
+
+
+def _optimizer(published: Optimizer, params: multimodal.Params) -> Optimizer:
+    """The published one with a rate for small models; the rates of parts stay in proportion."""
+    there = {
+        glob: factor
+        for glob, factor in published.multipliers.items()
+        if any(tree.matches(path, glob) for path in tree.flatten(params))
+    }
+    return dataclasses.replace(
+        published, learning_rate=RATE, schedule="cosine", warmup_steps=0, warmup_ratio=0.1, clip_norm=1.0, multipliers=there
     )
 
 
@@ -177,7 +206,8 @@ def _captions(data: Path, part: str, split: str, template: str, **options) -> So
     images = "images_train-*.tar" if part == "train" else f"images_{part}.tar"
     prompt = "" if template == "plain" else PROMPT
     options = {"split": split, "prompt": prompt, **options}
-    return Source(kind="captions", path=f"{data}/captions_{part}.jsonl.gz", images=f"{data}/{images}", options=options)
+    limit = 5 * PICTURES if split == "train" else 0
+    return Source(kind="captions", path=f"{data}/captions_{part}.jsonl.gz", images=f"{data}/{images}", limit=limit, options=options)
 
 
 if __name__ == "__main__":

@@ -224,9 +224,10 @@ def _of_tokenizer(tokenizer: PreTrainedTokenizerBase, system: str | None) -> Tem
         raise UserError("model.system cannot change a tokenizer's own template; put a system message into the data")
     special = tuple((key, str(value)) for key, value in tokenizer.special_tokens_map.items() if isinstance(value, str))
     template = Template("tokenizer", jinja, (), lists=False, special=special, ends=_marks(tokenizer))
-    probe = "is anybody there"
+    probe = "is anybody there"  # asked and answered: a captioning template writes answers alone
+    turns = [{"role": role, "content": [{"type": "text", "text": probe}]} for role in ("user", "assistant")]
     try:
-        seen, _ = dataclasses.replace(template, lists=True)._run(_ask([{"type": "text", "text": probe}]), False)
+        seen, _ = dataclasses.replace(template, lists=True)._run(turns, False)
     except (UserError, TypeError):  # TypeError: the template adds a list to a string
         seen = ""
     if probe in seen and "'type'" not in seen:

@@ -127,6 +127,15 @@ def test_a_tokenizers_own_template_without_marks_is_supervised_by_its_prefixes()
     assert template.stops == ("<|im_end|>", "</s>")
 
 
+@pytest.mark.parametrize("name", templates.NAMES)
+def test_an_exported_template_is_recognised_for_what_it_writes(name, tokenizer):
+    template = templates.get(name, tokenizer)
+    again = templates.get("tokenizer", byte_tokenizer(chat_template=template.exported(tokenizer)))
+    asked = validated([{"role": "user", "content": [{"type": "image", "path": "x"}, {"type": "text", "text": "What is it?"}]}], "m")
+    written, read = ("".join(s.text or "<image>" for s in t.segments(asked, True)) for t in (template, again))
+    assert read.removeprefix(tokenizer.bos_token or "") == written
+
+
 def test_a_tokenizers_own_marks_are_used():
     marked = CHATML.replace(
         "m['content']", "''", 1
