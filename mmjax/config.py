@@ -274,6 +274,23 @@ class Stage:
 
 
 @dataclasses.dataclass
+class FewShot:
+    """Examples before each question, see mmjax.evaluation.few_shot. None by default.
+
+    shots      how many, each with its pictures
+    text_only  without any shots: so many examples without their pictures (Flamingo's zero-shot has 2)
+    source     where they come from; a picture of the question's own is never among them
+    choose     "random", or "similar": by the likeness of the pictures (RICES)
+    """
+
+    shots: int = 0
+    text_only: int = 0
+    source: Source = dataclasses.field(default_factory=Source)
+    choose: Literal["random", "similar"] = "random"
+    seed: int = 0
+
+
+@dataclasses.dataclass
 class Evaluation:
     """Held-out questions answered by generation and scored.
 
@@ -281,6 +298,7 @@ class Evaluation:
     """
 
     source: Source = dataclasses.field(default_factory=Source)
+    few_shot: FewShot = dataclasses.field(default_factory=FewShot)
     metrics: tuple[Literal["accuracy", "bleu", "cider"], ...] = ("accuracy",)
     blind: bool = False
     max_new_tokens: int = 32

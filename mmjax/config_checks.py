@@ -14,7 +14,7 @@ from mmjax.config_parsing import nearest
 from mmjax.hub import REPOSITORY
 
 if TYPE_CHECKING:
-    from mmjax.config import Connector, Model, Part, Recipe, Source, Stage
+    from mmjax.config import Connector, FewShot, Model, Part, Recipe, Source, Stage
 
 PERCEIVERS = ("perceiver", "cross_self_perceiver")
 CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "identity", *PERCEIVERS)
@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads"), (1, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
-    **dict.fromkeys(("keep", "keep_best", "workers", "samples", "size", "grid", "profile_step"), (0, math.inf)),
+    **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
     **dict.fromkeys(("max_broken", "top_p"), (0, 1)),
     "learning_rate": (1e-12, math.inf),
@@ -46,7 +46,10 @@ def problems(recipe: Recipe) -> list[str]:
         *(
             line
             for name, evaluation in recipe.evaluations.items()
-            for line in _source(f"evaluations.{name}.source", evaluation.source)
+            for line in [
+                *_source(f"evaluations.{name}.source", evaluation.source),
+                *_few_shot(f"evaluations.{name}.few_shot", evaluation.few_shot),
+            ]
         ),
         *_mesh(recipe),
     ]
@@ -68,6 +71,7 @@ def missing_files(recipe: Recipe, job: str) -> list[str]:
     if job in ("train", "evaluate"):
         for name, evaluation in recipe.evaluations.items():
             wanted |= _files(f"evaluations.{name}", {"source": evaluation.source})
+            wanted |= _files(f"evaluations.{name}.few_shot", {"source": evaluation.few_shot.source})
     if job in ("generate", "chat"):
         wanted |= {"generate.input": recipe.generate.input, "generate.image": recipe.generate.image}
     return [
@@ -200,6 +204,13 @@ def _stage(key: str, stage: Stage) -> Iterator[str]:
 def _source(key: str, source: Source) -> Iterator[str]:
     if source.kind not in ("digits", "digit_facts") and not source.path:
         yield f"{key}.path is empty: a source of kind {source.kind!r} is read from a file."
+
+
+def _few_shot(key: str, settings: FewShot) -> Iterator[str]:
+    if settings.shots or settings.text_only:
+        yield from _source(f"{key}.source", settings.source)
+    if settings.choose == "similar" and not settings.shots:
+        yield f"{key}.choose is 'similar', but {key}.shots is 0: there is no picture to choose."
 
 
 def _mesh(recipe: Recipe) -> Iterator[str]:

@@ -71,7 +71,7 @@ def cached(
     if jax.process_count() > 1:
         raise UserError("cache_features works in one process only; leave it off, or train on one host")
     folder.mkdir(parents=True, exist_ok=True)
-    encoder = _encoder_digest(config, params, processor, flip, run)
+    encoder = encoder_digest(config, params, processor, flip, run)
     encode = functools.partial(_encode, params, mesh=mesh, config=config, run=run)
     shape = config.connector.pooled, config.connector.in_width
     tables = {}
@@ -225,7 +225,7 @@ def _features(params: Params, pixels: jax.Array, *, config: ModelConfig, run: Ex
     return connectors.pool(config.connector, multimodal.vision_features(params, config, pixels, run))
 
 
-def _encoder_digest(config: ModelConfig, params: Params, processor: ImageProcessor, flip: bool, run: Execution) -> str:
+def encoder_digest(config: ModelConfig, params: Params, processor: ImageProcessor, flip: bool, run: Execution) -> str:
     """A hash of everything that decides a picture's features."""
     assert config.connector is not None
     kept = config.connector.kind, config.connector.pooled, flip, run.dtype

@@ -17,6 +17,7 @@ from mmjax.data.messages import BadSample, Sample
 from mmjax.errors import UserError
 from mmjax.evaluation import answers, blind, captions
 from mmjax.evaluation.answers import Score
+from mmjax.evaluation.few_shot import Examples
 from mmjax.inference.answering import answer
 from mmjax.model import Model
 from mmjax.results import record
@@ -51,13 +52,22 @@ def _evaluate_one(
 ) -> dict[str, float]:
     dataset = sources.open(evaluation.source)
     samples = [dataset[i] for i in range(min(len(dataset), evaluation.limit or len(dataset)))]
-    given = {"": _answers(model, evaluation, samples, dataset.image, name)}
+    settings = evaluation.few_shot
+    examples = Examples(settings, model, workdir) if settings.shots or settings.text_only else None
+
+    def answered(shown: Sequence[Sample], label: str) -> list[str]:
+        if examples is None:
+            return _answers(model, evaluation, shown, dataset.image, label)
+        asked = examples.before(shown, dataset.image, samples)
+        return _answers(model, evaluation, asked, examples.opener(dataset.image), f"{label}, {settings.shots} shots")
+
+    given = {"": answered(samples, name)}
     if evaluation.blind:
-        given["shuffled"] = _answers(model, evaluation, blind.shuffled(samples), dataset.image, f"{name}, shuffled")
-        given["withheld"] = _answers(model, evaluation, blind.withheld(samples), dataset.image, f"{name}, withheld")
+        given["shuffled"] = answered(blind.shuffled(samples), f"{name}, shuffled")
+        given["withheld"] = answered(blind.withheld(samples), f"{name}, withheld")
         if usual := blind.most_frequent(training):
             given["most_frequent"] = [usual.get(sample.kind, usual[""]) for sample in samples]
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {"shots": settings.shots} if examples else {}
     if "accuracy" in evaluation.metrics:
         figures |= _accuracy(samples, given, evaluation, name, workdir)
     if {"bleu", "cider"} & set(evaluation.metrics):

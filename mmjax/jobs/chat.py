@@ -1,6 +1,8 @@
 """--job=chat: a conversation in the terminal.
 
 /image PATH    shows the model a picture with the next question
+/example QUESTION => ANSWER   tells the model how the pictures shown are to be answered, before your own question; without "=>" it is
+               the answer to pictures alone
 /reset         begins a new conversation
 /quit          ends (so does the end of the input)
 """
@@ -51,8 +53,16 @@ def talk(model: Model, settings: config.Generate, lines: Iterable[str], out: Tex
             elif word == "/image":
                 pictures.append({"type": "image", "image": images.decode(str(Path(rest.strip()).expanduser()))})
                 say(f"{rest.strip()} goes with the next question.\n")
+            elif word == "/example":
+                question, _, known = rest.rpartition("=>")
+                said = [{"type": "text", "text": question.strip()}] if question.strip() else []
+                if not known.strip() or not [*pictures, *said]:
+                    raise UserError("/example QUESTION => ANSWER, or behind /image PATH /example ANSWER: a part of it is missing.")
+                say(f"An example with {len(pictures)} pictures.\n")
+                answered = {"role": "assistant", "content": known.strip()}
+                messages, pictures = [*messages, {"role": "user", "content": [*pictures, *said]}, answered], []
             elif word.startswith("/"):
-                say(f"There is no {word}; there are /image PATH, /reset and /quit.\n")
+                say(f"There is no {word}; there are /image PATH, /example QUESTION => ANSWER, /reset and /quit.\n")
             elif line.strip():
                 asked = [*messages, {"role": "user", "content": [*pictures, {"type": "text", "text": line.strip()}]}]
                 answer = ""

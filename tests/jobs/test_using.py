@@ -133,6 +133,18 @@ def test_chat_keeps_the_conversation_and_says_what_is_wrong(model, asked):
     assert said[4].startswith("There is no /hello") and said[5:] == ["A new conversation.", again, ""]
 
 
+def test_chat_takes_examples(model, asked):
+    picture = asked.parent / "0.png"
+    typed = ["/example seven\n", f"/image {picture}\n", "/example Which digit? => seven\n", f"/image {picture}\n", "Which digit?\n"]
+    out = io.StringIO()
+    chat.talk(model, SETTINGS, typed, out)
+    content = [{"type": "image", "path": str(picture)}, {"type": "text", "text": "Which digit?"}]
+    conversation = [{"role": "user", "content": content}, {"role": "assistant", "content": "seven"}, {"role": "user", "content": content}]
+    said = out.getvalue().split("\n")
+    assert "a part of it is missing" in said[0] and said[2] == "An example with 1 pictures."
+    assert said[4] == model.chat(conversation, 4)
+
+
 @pytest.mark.parametrize("layout", ["hf", "peft"])
 def test_an_export_comes_back(model, tmp_path, layout, capsys):
     recipe = dataclasses.replace(small_workdir.RECIPE, export=config.Export(format=layout))
