@@ -13,6 +13,7 @@ yes half of the time whatever the digit.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -41,6 +42,8 @@ class DigitScenes:
             "facts"      the text-only twin: in the picture's place a word for each quarter, "3 empty empty 7"; the kinds in
                          turn, and the request to describe the scene
     kinds   which questions are asked (all of KINDS)
+    pictures   of a sample. With several, a question is about one of them ("In picture 2: how many digits are there?"), and a
+               caption is a document: each picture before its own description
     """
 
     classes = tuple("0123456789")  # of the task "single"
@@ -52,6 +55,7 @@ class DigitScenes:
         size: int = 6000,
         seed: int = 0,
         kinds: tuple[str, ...] = KINDS,
+        pictures: int = 1,
     ):
         for value, known, what in ((split, SPLITS, "split"), (task, TASKS, "task")):
             if value not in known:
@@ -60,6 +64,9 @@ class DigitScenes:
             raise UserError(f"digits: unknown kind of question {unknown[0]!r}; there are {', '.join(KINDS)}")
         if size < 1:
             raise UserError(f"digits: size must be at least 1, not {size}")
+        if pictures < 1 or (pictures > 1 and task not in ("questions", "caption")):
+            raise UserError(f"digits: {pictures} pictures are not for the task {task!r}; questions and caption have several")
+        self.pictures = pictures
         self.split, self.task, self.size, self.seed, self.kinds = split, task, size, seed, tuple(kinds)
 
     def __len__(self) -> int:
@@ -68,8 +75,10 @@ class DigitScenes:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self.size:
             raise IndexError(index)
+        if self.pictures > 1:
+            return self._of_several(index)
         rng, scene = self._scene(index)
-        picture = {"type": "image", "path": f"{self.split}-{index:06d}.png"}
+        picture = self._picture(index)
         if self.task == "single":
             kind, question, answer = "single", "Which digit is this?", str(max(scene.values()))
         elif self.task == "caption":
@@ -89,11 +98,33 @@ class DigitScenes:
         ]
         return Sample(f"{self.task}-{self.split}-{self.seed}-{index:06d}", messages, kind, (answer,))
 
+    def _of_several(self, index: int) -> Sample:
+        """A question about one of several pictures, or a document of pictures and their descriptions."""
+        scenes = range(index * self.pictures, (index + 1) * self.pictures)
+        id = f"{self.task}{self.pictures}-{self.split}-{self.seed}-{index:06d}"
+        if self.task == "caption":
+            content = []
+            for scene in scenes:
+                content += [self._picture(scene), {"type": "text", "text": describe(self._scene(scene)[1])}]
+            return Sample(id, [{"role": "assistant", "content": content}], "document")
+        rng = np.random.default_rng((self.seed, self.pictures, list(SPLITS).index(self.split), index))
+        asked, kind = int(rng.integers(self.pictures)), self.kinds[index % len(self.kinds)]
+        question, answer = ask(kind, self._scene(scenes[asked])[1], rng)
+        text = f"In picture {asked + 1}: {question[0].lower()}{question[1:]}"
+        messages = [
+            {"role": "user", "content": [*map(self._picture, scenes), {"type": "text", "text": text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+        ]
+        return Sample(id, messages, kind, (answer,))
+
+    def _picture(self, scene: int) -> dict[str, Any]:
+        return {"type": "image", "path": f"{self.split}-{scene:06d}.png"}
+
     def image(self, name: str) -> Image.Image:
         """The picture of a sample, by the name its image part carries. RGB, 32x32."""
         split, _, index = name.removesuffix(".png").rpartition("-")
-        if split != self.split or not index.isdigit() or int(index) >= self.size:
-            raise BrokenImage(f"digits: no picture named {name!r} in the {self.split} split of {self.size} scenes")
+        if split != self.split or not index.isdigit() or int(index) >= self.size * self.pictures:
+            raise BrokenImage(f"digits: no picture named {name!r} in the {self.split} split of {self.size * self.pictures} scenes")
         rng, scene = self._scene(int(index))
         rng.random(8)  # so that what a question draws and how the picture is drawn are apart
         return draw(scene, self.split, rng)

@@ -110,3 +110,27 @@ def test_mistakes_are_named():
         DigitScenes(size=5).image("held_out-000001.png")
     with pytest.raises(IndexError):
         DigitScenes(size=5)[5]
+
+
+def test_several_pictures_of_a_sample():
+    dataset = DigitScenes("held_out", "questions", size=60, pictures=3)
+    one = DigitScenes("held_out", "questions", size=180)
+    asked = set()
+    for index in range(60):
+        sample = dataset[index]
+        shown = images(sample.messages)
+        number = int(text(sample.messages[0]).split(":")[0].removeprefix("In picture "))
+        asked.add(number)
+        assert len({part["path"] for part in shown}) == 3 and dataset[index] == sample
+        scene = one._scene(3 * index + number - 1)[1]
+        if sample.kind == "order":
+            assert sample.answers == (" ".join(map(str, scene.values())),)
+        assert dataset.image(shown[0]["path"]).tobytes() == one.image(shown[0]["path"]).tobytes()
+    assert asked == {1, 2, 3}
+    document = DigitScenes("train", "caption", size=4, pictures=2)[3].messages
+    assert [message["role"] for message in document] == ["assistant"] and len(images(document)) == 2
+    assert [part["type"] for part in document[0]["content"]] == ["image", "text"] * 2
+    with pytest.raises(BrokenImage):
+        dataset.image("held_out-000180.png")
+    with pytest.raises(UserError, match="3 pictures are not for the task 'single'"):
+        DigitScenes(task="single", pictures=3)
