@@ -90,6 +90,8 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
                 processor = image_processor(source.config, aspect=aspect)
             elif aspect:
                 processor = dataclasses.replace(processor, aspect=aspect)
+        if processor is not None and processor.tiling is None and (cut := source.family.tiling(foreign, source.config)):
+            processor = dataclasses.replace(processor, tiling=cut, aspect="squash")
     delimited = bool(foreign.get("mm_use_im_start_end", False))
     return Model(
         config=source.config,

@@ -144,13 +144,11 @@ class Model:
         )
 
     def _pictures(self) -> PictureTokens | None:
-        """How a picture's tiles become tokens; None where it is one tile and its tokens as they come."""
+        """How a picture's tiles become tokens; None where it is one tile."""
         connector, processor = self.config.connector, self.image_processor
-        tiling = processor.tiling if processor else None
-        if connector is None or (tiling is None and connector.merge == "flat"):
+        if connector is None or processor is None or processor.tiling is None:
             return None
-        tile = processor.shape[:2] if processor else (0, 0)
-        return PictureTokens(connector.tokens, tile, tiling, connector.merge)
+        return PictureTokens(connector.tokens, processor.shape[:2], processor.tiling, connector.merge)
 
     def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
         """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate."""
@@ -295,12 +293,21 @@ class Model:
                 nearest = f" (nearest: {near[0]!r})" if near else ""
                 kind, known = self.family.model_types[0], ", ".join(self.family.inputs)
                 raise UserError(f"unknown input {name!r}{nearest}; a {kind} takes {known}")
-        return {name: np.asarray(value) for name, value in inputs.items() if value is not None}
+        return {name: _array(value) for name, value in inputs.items() if value is not None}
 
 
 def _source(part: Mapping[str, Any]) -> Any:
     """The picture of an image part, or its file's path."""
     return part.get("image", part.get("path"))
+
+
+def _array(value: Any) -> np.ndarray:
+    """A list of arrays of different shapes becomes an array of them."""
+    if isinstance(value, (list, tuple)) and len({np.shape(part) for part in value}) > 1:
+        parts = np.empty(len(value), object)
+        parts[:] = [np.asarray(part) for part in value]
+        return parts
+    return np.asarray(value)
 
 
 def _length(row: np.ndarray, end: tuple[int, ...], ended: Ended | None) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -129,6 +130,9 @@ def computation(config: Arrays) -> Callable[[Path, Arrays, Arrays, set[str]], Ar
 
 def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
     model = mmjax.load(directory)
+    if listed := [inputs[f"image_{k}"] for k in range(len(inputs)) if f"image_{k}" in inputs]:
+        # a list of arrays, each under a name of its own
+        inputs = {name: value for name, value in inputs.items() if not re.fullmatch(r"image_\d+", name)} | {"images": listed}
     given = {name: value for name, value in inputs.items() if name in model.family.inputs}
     if unknown := sorted(set(inputs) - set(given)):
         raise Unsupported(f"inputs {', '.join(unknown)}")
@@ -153,7 +157,7 @@ def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
     ids = inputs["input_ids"][row : row + 1, keep]
     prompt = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
     first, last = images if isinstance(images, list) else (0, images)
-    media = {name: inputs[name][first:last] for name in ("pixel_values", "images") if name in inputs}
+    media = {name: inputs[name][first:last] for name in ("pixel_values", "images", "image_sizes") if name in inputs}
     return {**prompt, **media}
 
 

@@ -97,7 +97,7 @@ class Encoder:
     def encode(self, sample: Sample, generation_prompt: bool = False, size_of: SizeOf | None = None) -> Example:
         """The sample's ids and labels; with `generation_prompt` its messages end where the model is to answer.
 
-        size_of   (height, width) of an image part's picture; asked where `pictures` depend on it
+        size_of   (height, width) of an image part's picture; asked where there are `pictures`
         Raises BadSample if nothing in it is supervised (also when cutting left nothing), or if a prompt is too long.
         """
         try:
@@ -159,14 +159,12 @@ class Encoder:
         """Tiles of an image, and its media tokens, counted from its own first."""
         if self.pictures is None:
             return 1, np.arange(self.tokens_per_image)
-        size = None
-        if self.pictures.sized:
-            if size_of is None:
-                raise ValueError("pictures in tiles are encoded by their sizes: size_of must be given")
-            try:
-                size = size_of(part)
-            except BrokenImage as error:
-                raise BadSample(sample.id, str(error)) from error
+        if size_of is None:
+            raise ValueError("pictures in tiles are encoded by their sizes: size_of must be given")
+        try:
+            size = size_of(part)
+        except BrokenImage as error:
+            raise BadSample(sample.id, str(error)) from error
         return self.pictures.tiles(size), self.pictures.order(size)
 
     def _parted(self, id: str, segments: Sequence[Segment]) -> tuple[list[Segment], str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import Sequence
 
 import numpy as np
 
@@ -23,35 +24,23 @@ NEWLINE = -2  # in an order: the learned vector behind a row of tokens (Connecto
 class PictureTokens:
     """per_tile   tokens of a tile
     tile       (height, width) of a tile in pixels
-    tiling     how a picture is cut; None = it is one tile
+    tiling     how a picture is cut
     merge      see `order`
     """
 
     per_tile: int
-    tile: tuple[int, int] = (0, 0)
-    tiling: Tiling | None = None
+    tile: tuple[int, int]
+    tiling: Tiling
     merge: Merge = "flat"
 
-    @property
-    def sized(self) -> bool:
-        """Whether they depend on the picture's size."""
-        return self.tiling is not None
-
-    def tiles(self, size: tuple[int, int] | None) -> int:
+    def tiles(self, size: tuple[int, int]) -> int:
         """Tiles of a picture of this (height, width)."""
-        layout = self._layout(size)
-        return layout.tiles if layout else 1
+        return self.tiling.layout(*size, self.tile).tiles
 
-    def order(self, size: tuple[int, int] | None) -> np.ndarray:
-        """Its tokens, as the function `order` has them; int32 [tokens]."""
-        return order(self._layout(size), size or (1, 1), self.per_tile, self.merge, getattr(self.tiling, "rounded", True))
-
-    def _layout(self, size: tuple[int, int] | None) -> Layout | None:
-        if self.tiling is None:
-            return None
-        if size is None:
-            raise ValueError("the tokens of a picture in tiles depend on its size, which is not given")
-        return self.tiling.layout(*size, self.tile)
+    def order(self, size: tuple[int, int]) -> np.ndarray:
+        """The tokens of a picture of this (height, width), as the function `order` has them; int32 [tokens]."""
+        layout = self.tiling.layout(*size, self.tile)
+        return order(layout, size, self.per_tile, self.merge, getattr(self.tiling, "rounded", True))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,6 +80,17 @@ def order(
         grid = grid[top : top + rows, left : left + columns]
         grid = np.pad(grid, ((0, 0), (0, 1)), constant_values=NEWLINE)
     return _fixed(np.concatenate([overview, grid.reshape(-1)]))
+
+
+def together(orders: Sequence[np.ndarray], tiles: Sequence[int], per_tile: int, total: int) -> np.ndarray:
+    """The tokens of several pictures one after another, as indices into those of all their tiles; int32 [tokens].
+
+    orders, tiles   of each picture
+    total           tiles in all, behind whose tokens the newline stands
+    """
+    starts = np.cumsum([0, *tiles])[:-1] * per_tile
+    found = [np.where(order == NEWLINE, total * per_tile, order + start) for order, start in zip(orders, starts)]
+    return np.concatenate([np.zeros(0, np.int32), *found]).astype(np.int32)
 
 
 def _fixed(array: np.ndarray) -> np.ndarray:

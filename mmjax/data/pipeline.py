@@ -254,7 +254,7 @@ class Pipeline:
                     self.encoder,
                     self.stage.objective,
                     self.stage.tiles,
-                    sources.stamp(self.stage.sources[name]) if _by_size(self.encoder) else "",
+                    sources.stamp(self.stage.sources[name]) if self.encoder and self.encoder.pictures else "",
                 )
                 cache = workdir / "lengths" / f"{lengths.key(*key)}.npz"
             table = lengths.measure(dataset, self._prepare, self.loader.workers, self.loader.threads, cache)
@@ -341,11 +341,6 @@ def _encoded(dataset: Dataset, index: int, *, encoder: Encoder, tiles: int) -> E
         number, kind = (len(example.images), "images") if set(example.tiles) == {1} else (example.tile_count, "tiles")
         raise BadSample(example.id, f"it has {number} {kind}; a row holds {tiles} (the stage's `tiles`)")
     return example
-
-
-def _by_size(encoder: Encoder | None) -> bool:
-    """Whether lengths depend on the pictures' sizes."""
-    return encoder is not None and encoder.pictures is not None and encoder.pictures.sized
 
 
 def _classified(dataset: Dataset, index: int, *, tiles: int) -> Example:

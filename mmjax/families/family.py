@@ -10,6 +10,7 @@ import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.checkpoints.safetensors import Stored
+from mmjax.data.tiling import Tiling
 from mmjax.families.keys import Rule
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.tree import Params
@@ -55,6 +56,7 @@ class Family:
     external       config.json -> parts of the model whose weights may be published elsewhere: "vision" -> a directory
                    or repository id
     unneeded       globs of our leaves that the family has no place for because it never uses them
+    tiling         (config.json, shapes) -> how pictures are cut where no image processor's file says it; None = not at all
     modules        (regular expression, replacement) from the table's names to those of the modules in memory, which
                    PEFT files use
     """
@@ -79,4 +81,5 @@ class Family:
     folders: Callable[[Config], dict[str, Folder]] = lambda config: {}
     external: Callable[[Config], dict[str, str]] = lambda config: {}
     unneeded: tuple[str, ...] = ()
+    tiling: Callable[[Config, ModelConfig], Tiling | None] = lambda foreign, config: None
     modules: tuple[tuple[str, str], ...] = ()

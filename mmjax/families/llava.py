@@ -18,7 +18,7 @@ from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, prefixed
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, ViTConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, Merge, ViTConfig
 from mmjax.tree import Params
 
 PLACEHOLDER = 32000
@@ -43,7 +43,7 @@ def _read(config: Config, where: str) -> ModelConfig:
     llm = parts.language(text, f"{where}: text_config").read_config(text, f"{where}: text_config").llm
     tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
     assert llm is not None and tower.vision is not None
-    if why := _unsuited(llm, text):
+    if why := unsuited(llm, text):
         raise UserError(f"{where}: text_config does not fit this layout: {why}")
     layers = fields.get("vision_feature_layer", -2)
     spec = FeatureSpec(
@@ -90,8 +90,8 @@ def _keeps_class_token(fields: Fields, tower: ModelConfig) -> bool:
     return strategy == "full"
 
 
-def expressible(config: ModelConfig, text: Config, image: Config) -> str:
-    """Why this layout cannot hold a model with this text_config and vision_config; "" if it can."""
+def expressible(config: ModelConfig, text: Config, image: Config, merge: Merge = "flat") -> str:
+    """Why this layout (or its kin with this merge) cannot hold a model with this text_config and vision_config; "" if it can."""
     c = config.connector
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
@@ -103,12 +103,14 @@ def expressible(config: ModelConfig, text: Config, image: Config) -> str:
         return f"transformers has no llava around a {image['model_type']}"
     if config.vision.registers and not config.features.keep_registers:
         return "its connector reads the encoder's registers as well"
+    if c.merge != merge:
+        return f"it puts the tokens of a picture's tiles together as {merge!r}, not {c.merge!r}"
     if config.features.post_norm:
         return "its connector reads the encoder's states before the last norm"
-    return _unsuited(config.llm, text)
+    return unsuited(config.llm, text)
 
 
-def _unsuited(llm: DecoderConfig, text: Config) -> str:
+def unsuited(llm: DecoderConfig, text: Config) -> str:
     """Why transformers' llava cannot hold this language model; "" if it can. It has a plain head of its own over the states of
     a model that keeps its embeddings at `embed_tokens`."""
     names = [r.name for r in parts.language(text, "text_config").rules(ModelConfig(llm=llm), text)]
@@ -122,8 +124,13 @@ def _unsuited(llm: DecoderConfig, text: Config) -> str:
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
+    return {**written(config, base), "architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}
+
+
+def written(config: ModelConfig, base: Config, merge: Merge = "flat") -> Config:
+    """The fields that this layout and its kin share. Raises UserError for a model that they cannot hold."""
     text, image = _parts(base, "the model's config")
-    if why := expressible(config, text, image):
+    if why := expressible(config, text, image, merge):
         raise UserError(f"the model does not fit the Hugging Face llava layout: {why}")
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
     layers = config.features.layers
@@ -131,8 +138,6 @@ def _write(config: ModelConfig, base: Config) -> Config:
     text = parts.language(text, "text_config").write_config(config, text)
     return {
         **base,
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
         "text_config": text,
         "vision_config": parts.vision(image, "vision_config").write_config(config, image),
         "image_token_index": placeholder(base),

@@ -1,10 +1,13 @@
 """LLaVA in its authors' own layout (github.com/haotian-liu/LLaVA): `model_type` llava_llama or llava_mistral.
 
-`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order. The vision tower is often published apart: the config names it in `mm_vision_tower`.
+`input_ids` hold one -200 for an image, whose tokens are spliced in; `images` are taken in order. With pictures in tiles (LLaVA 1.6,
+`image_aspect_ratio` anyres) `images` are a list of [tiles, 3, height, width], or one array of all, and `image_sizes` their own
+(width, height). The vision tower is often published apart: the config names it in `mm_vision_tower`.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import re
 from typing import Any
@@ -13,11 +16,13 @@ import jax
 import numpy as np
 
 from mmjax.batch import Batch
+from mmjax.data.picture_tokens import order, together
+from mmjax.data.tiling import AnyRes
 from mmjax.errors import UserError
-from mmjax.families import language, llava, parts, sequential, vision
+from mmjax.families import language, llava, llava_next, parts, sequential
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
-from mmjax.families.keys import Rule, linear, prefixed
+from mmjax.families.keys import Rule, linear, prefixed, rule
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, ViTConfig
 from mmjax.tree import Params
@@ -39,12 +44,13 @@ def text_config(config: Config) -> Config:
 
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
-    fields.only("mm_patch_merge_type", "flat")
+    fields.only("mm_patch_merge_type", "flat", "spatial", "spatial_unpad")
     fields.only("s2", False)
     fields.only("mm_resampler_type")
-    if str(fields.get("image_aspect_ratio", "")).startswith("anyres"):
+    if str(fields.get("image_aspect_ratio", "")).startswith("anyres_max"):
         raise UserError(
-            f"{where}: image_aspect_ratio = {config['image_aspect_ratio']!r} is not supported (only pad, square)"
+            f"{where}: image_aspect_ratio = {config['image_aspect_ratio']!r} is not supported (only pad, square, anyres): "
+            "OneVision's shrinking of many tiles' features is not there"
         )
     text = text_config(config)
     llm = parts.language(text, where).read_config(text, where).llm
@@ -70,6 +76,7 @@ def _read(config: Config, where: str) -> ModelConfig:
             in_width=tower.vision.feature_width,
             out_width=llm.input_width,
             positions=spec.positions(tower.vision),
+            merge=fields.get("mm_patch_merge_type", "flat"),
         ),
         features=spec,
         image_mean=tower.image_mean,
@@ -86,6 +93,20 @@ def projector(name: str, where: str) -> tuple[str, int]:
     if name in ("linear", "identity"):
         return name, 1
     raise UserError(f"{where}: mm_projector_type = {name!r} is not supported (only linear, identity, mlpNx_gelu)")
+
+
+def tiling(foreign: Config, config: ModelConfig, where: str = "config.json") -> AnyRes | None:
+    """How the config says that pictures are cut; None where they are not. Raises UserError for canvases not in whole tiles."""
+    if foreign.get("image_aspect_ratio") != "anyres":
+        return None
+    pinpoints, side = foreign.get("image_grid_pinpoints"), config.encoder.image_size
+    if isinstance(pinpoints, str):
+        try:
+            pinpoints = ast.literal_eval(pinpoints)
+        except (ValueError, SyntaxError):
+            raise UserError(f"{where}: image_grid_pinpoints = {pinpoints!r} are no list of (width, height)") from None
+    across_first = llava_next.grids(pinpoints or (), side, f"{where}: image_grid_pinpoints")
+    return AnyRes(tuple((rows, columns) for columns, rows in across_first), rounded=False)
 
 
 def vision_config(config: Config, where: str) -> Config:
@@ -135,6 +156,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "architectures": base.get("architectures") or [ARCHITECTURES[base["model_type"]]],
         "model_type": base["model_type"],
         "mm_hidden_size": config.vision.feature_width,
+        "mm_patch_merge_type": c.merge,
         "mm_projector_type": f"mlp{c.depth}x_gelu" if c.kind == "mlp" else c.kind,
         "mm_vision_select_feature": "cls_patch" if config.features.keep_class_token else "patch",
         "mm_vision_select_layer": config.features.layers[0],
@@ -144,10 +166,11 @@ def _write(config: ModelConfig, base: Config) -> Config:
 
 
 def projector_rules(config: ConnectorConfig) -> list[Rule]:
-    """`mm_projector` of the original layout: one Linear, or a Sequential whose odd places are activations."""
+    """`mm_projector` of the original layout: one Linear, or a Sequential whose odd places are activations; and the newline."""
+    newline = [rule("model.image_newline", "connector/newline")] if config.newline else []
     if config.kind == "linear":
-        return linear("model.mm_projector", "connector/layers_0")
-    return sequential.rules("model.mm_projector", config)
+        return [*linear("model.mm_projector", "connector/layers_0"), *newline]
+    return [*sequential.rules("model.mm_projector", config), *newline]
 
 
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
@@ -176,10 +199,8 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask", np.ones_like(ids)) != 0
     labels = inputs.get("labels", np.full_like(ids, IGNORED))
-    images = vision.pixels(inputs, "images") if "images" in inputs else None
-    config = config.for_pictures(*images.shape[1:3]) if images is not None else config
-    tokens, longest = config.tokens_per_tile, foreign.get("tokenizer_model_max_length")
-    count = 0 if images is None else len(images)
+    images, places = _pictures(config, foreign, inputs)
+    count, longest = len(places), foreign.get("tokenizer_model_max_length")
     wanted = [int((row[keep] == IMAGE).sum()) for row, keep in zip(ids, mask)]
     blank = wanted.count(0)  # rows without images
     if count not in (sum(wanted), sum(wanted) + blank * (images is not None)):
@@ -189,11 +210,15 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     rows, image = [], 0
     for row, keep, targets in zip(ids, mask, labels):
         row, targets = row[keep], targets[keep]
-        at = np.repeat(np.arange(len(row)), np.where(row == IMAGE, tokens, 1))
-        is_media = row[at] == IMAGE
+        marks = row == IMAGE
+        shown = places[image : image + int(marks.sum())]
+        repeats = np.ones(len(row), int)
+        repeats[marks] = [len(place) for place in shown]
+        at = np.repeat(np.arange(len(row)), repeats)
+        is_media = marks[at]
         media = np.full(len(at), -1)
-        media[is_media] = image * tokens + np.arange(is_media.sum())
-        image += int((row == IMAGE).sum()) or passed_over
+        media[is_media] = np.concatenate([np.zeros(0, int), *shown])
+        image += len(shown) or passed_over
         spliced = np.where(is_media, 0, row[at]), np.where(is_media, IGNORED, targets[at]), media
         rows.append([field[:longest] for field in spliced])
     length = max(len(row[0]) for row in rows)
@@ -215,6 +240,49 @@ def splice(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple[Batch,
     )
     text = dataclasses.replace(text, media=np.where(real, padded(2, -1), -1).astype(np.int32))
     return llava.with_images(text, images), spliced_labels
+
+
+def _pictures(
+    config: ModelConfig, foreign: Config, inputs: Inputs
+) -> tuple[np.ndarray | None, list[np.ndarray]]:
+    """The tiles of all images, [tiles, height, width, channels], and the media tokens of each image in order. Raises UserError."""
+    given = [np.asarray(image, np.float32) for image in inputs.get("images", ())]
+    if not given:
+        return None, []
+    apart = all(image.ndim == 3 for image in given)  # an image then is its one tile, as it is
+    tiles = [image[None] for image in given] if apart else given
+    if any(image.ndim != 4 or image.shape[1:] != tiles[0].shape[1:] for image in tiles):
+        raise UserError(
+            "images are [images, channels, height, width], or of each image [tiles, channels, height, width], all of one "
+            f"height and width; not {[list(image.shape) for image in given]}"
+        )
+    pixels = np.concatenate(tiles).transpose(0, 2, 3, 1)
+    config = config.for_pictures(*pixels.shape[1:3])
+    assert config.connector is not None
+    counts, per_tile, merge = [len(image) for image in tiles], config.tokens_per_tile, config.connector.merge
+    if apart or merge == "flat":
+        orders = [np.arange(count * per_tile) for count in counts]
+    else:
+        orders = [_order(config, foreign, inputs, number, count) for number, count in enumerate(counts)]
+    places = together(orders, counts, per_tile, len(pixels))
+    return pixels, np.split(places, np.cumsum([len(o) for o in orders])[:-1])
+
+
+def _order(config: ModelConfig, foreign: Config, inputs: Inputs, number: int, count: int) -> np.ndarray:
+    """The tokens of an image of so many tiles."""
+    cut, merge, side = tiling(foreign, config), config.connector.merge, config.encoder.image_size  # type: ignore[union-attr]
+    if count == 1:
+        return order(None, (1, 1), config.tokens_per_tile, merge)
+    if cut is None or "image_sizes" not in inputs:
+        raise UserError(
+            f"image {number} has {count} tiles, which mm_patch_merge_type = {merge!r} puts together by its size: image_sizes "
+            f"(width, height) and image_aspect_ratio = 'anyres' are needed, not {foreign.get('image_aspect_ratio')!r}"
+        )
+    width, height = np.asarray(inputs["image_sizes"])[number].tolist()
+    layout = cut.layout(height, width, (side, side))
+    if layout.tiles != count:
+        raise UserError(f"image {number} has {count} tiles, but by its size of {width} x {height} it has {layout.tiles}")
+    return order(layout, (height, width), config.tokens_per_tile, merge, cut.rounded)
 
 
 def outputs(
@@ -239,12 +307,13 @@ FAMILY = Family(
     read_config=_read,
     write_config=_write,
     rules=_rules,
-    inputs=("input_ids", "attention_mask", "labels", "images"),
+    inputs=("input_ids", "attention_mask", "labels", "images", "image_sizes"),
     outputs=outputs,
     prompt=batch,
+    tiling=tiling,
     spellings=(
         (r"^model\.vision_tower\.vision_tower\." + llava.TOWER, "model.vision_tower.vision_tower.vision_model."),
-        (r"^mm_projector\.", "model.mm_projector."),
+        (r"^(mm_projector\.|image_newline$)", r"model.\1"),
     ),
     copies=lambda config: (
         {"lm_head.weight": "model.embed_tokens.weight"} if config.llm and config.llm.tied_head else {}

@@ -147,6 +147,13 @@ class ModelConfig:
         return self.llm
 
     @property
+    def encoder(self) -> EncoderConfig:
+        """The vision encoder. Raises ValueError where there is none."""
+        if self.vision is None:
+            raise ValueError("this model has no vision encoder")
+        return self.vision
+
+    @property
     def tokens_per_tile(self) -> int:
         return self.connector.tokens if self.connector else 0
 

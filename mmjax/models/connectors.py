@@ -25,7 +25,7 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     """
     params: Params = {}
     if config.newline:
-        params["newline"] = jax.random.normal(jax.random.fold_in(key, -1), (config.out_width,)) * config.out_width**-0.5
+        params["newline"] = jax.random.normal(jax.random.fold_in(key, 1 << 16), (config.out_width,)) * config.out_width**-0.5
     if config.resamples:
         return {**params, **perceiver.init(key, config)}
     if config.input_norm:
