@@ -14,8 +14,9 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.checkpoints import peft, safetensors
+from mmjax.data.tiling import AnyRes, DynamicTiles
 from mmjax.errors import UserError
-from mmjax.families import composed, keys, llava, llava_llama
+from mmjax.families import composed, internvl, keys, llava, llava_llama, llava_next
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
@@ -24,7 +25,9 @@ from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
 
-LAYOUTS = {"hf": llava.FAMILY, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}
+LAYOUTS = ("hf", "original", "mmjax")
+# transformers' layouts, and how pictures are cut in each.
+_HF = {llava: type(None), llava_next: AnyRes, internvl: DynamicTiles}
 ROWS = 64  # a vocabulary that must grow grows to a multiple of this
 # Fields of LLaVA's original config that are not the language model's.
 _NOT_TEXT = (
@@ -131,14 +134,25 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
         if layout in ("original", "mmjax"):
             raise UserError(f"layout {layout!r} is for models with a connector")
         return model.family, model.foreign
+    text, image = _part_configs(model)
+    hf = _hf(model, text, image)
     if not layout:
-        layout = "mmjax" if llava.expressible(model.config, *_part_configs(model)) else "hf"
-    family = LAYOUTS[layout]
+        layout = "hf" if isinstance(hf, Family) else "mmjax"
+    if layout == "hf" and not isinstance(hf, Family):
+        raise UserError(f"the model does not fit the Hugging Face layouts: {hf}")
+    family = {"hf": hf, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}[layout]
+    assert isinstance(family, Family)
     if family is model.family:
         return family, model.foreign
-    text, image = _part_configs(model)
+    tiling = model.image_processor.tiling if model.image_processor else None
+    canvases: Config = {}
+    if isinstance(tiling, AnyRes) and family is not composed.FAMILY:
+        side = model.config.encoder.image_size
+        across_first = family is llava_llama.FAMILY
+        pixels = [[rows * side, columns * side] for rows, columns in tiling.grids]
+        canvases = {"image_grid_pinpoints": [canvas[::-1] if across_first else canvas for canvas in pixels]}
     if family is llava_llama.FAMILY:
-        why, kind = llava_llama.expressible(model.config), f"llava_{text['model_type']}"
+        why, kind = llava_llama.expressible(model.config, tiling), f"llava_{text['model_type']}"
         if why or kind not in llava_llama.LANGUAGE:
             raise UserError(f"the model does not fit LLaVA's original layout: {why or f'it knows no {kind}'}")
         aspect = model.image_processor.aspect if model.image_processor else "pad"
@@ -147,17 +161,33 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
             "model_type": kind,
             "vision_config": image,
             "mm_vision_tower": "",
-            "image_aspect_ratio": "pad" if aspect == "pad" else "square",
+            "image_aspect_ratio": "anyres" if tiling else "pad" if aspect == "pad" else "square",
+            **canvases,
             "mm_use_im_start_end": bool(model.image_start),
             "mm_use_im_patch_token": False,
-            "mm_patch_merge_type": "flat",
         }
     before = (
         {"image_token_index": model.foreign["image_token_index"]}
         if model.foreign.get("image_token_index") is not None
         else {}
     )
-    return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before}
+    return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before, **canvases}
+
+
+def _hf(model: Model, text: Config, image: Config) -> Family | str:
+    """Which of transformers' layouts holds the model, or why none does."""
+    tiling = model.image_processor.tiling if model.image_processor else None
+    reasons = []
+    for layout, kind in _HF.items():
+        why = layout.expressible(model.config, text, image)
+        if not why and model.image_processor is not None and not isinstance(tiling, kind):
+            why = f"its pictures are cut otherwise than by {tiling}"
+        if not why and tiling is not None and not tiling.overview:
+            why = "its tiles come with an overview"
+        if not why:
+            return layout.FAMILY
+        reasons.append(f"{layout.FAMILY.model_types[0]}: {why}")
+    return "; ".join(reasons)
 
 
 def _part_configs(model: Model) -> tuple[Config, Config]:

@@ -90,12 +90,13 @@ def _tiled(kind: str, size: dict[str, int], fields: Fields) -> tuple[int | tuple
         canvases = fields.get("image_grid_pinpoints", [])
         if not canvases or any(pixels % side or pixels < side for canvas in canvases for pixels in canvas):
             raise UserError(f"{fields.where}: image_grid_pinpoints = {canvases} are not in whole tiles of {side}")
-        return side, AnyRes(tuple((height // side, width // side) for height, width in canvases))
+        grids = tuple((height // side, width // side) for height, width in canvases)
+        return side, AnyRes(grids, fields.get("overview", True), fields.get("rounded", True))
     # InternVL's own processor cuts, whatever the file of its image processor says.
     cuts = fields.get("crop_to_patches", False) or fields.get("processor_class") == "InternVLProcessor"
     if kind == "GotOcr2ImageProcessor" and cuts:
         sides = size.get("height", 384), size.get("width", 384)
-        tiling = DynamicTiles(fields.get("min_patches", 1), fields.get("max_patches", 12))
+        tiling = DynamicTiles(fields.get("min_patches", 1), fields.get("max_patches", 12), fields.get("overview", True))
         return sides[0] if sides[0] == sides[1] else sides, tiling
     if kind == "Qwen2VLImageProcessor":  # its edges are numbers of pixels
         least = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
@@ -105,11 +106,9 @@ def _tiled(kind: str, size: dict[str, int], fields: Fields) -> tuple[int | tuple
 
 
 def write_image_processor(processor: ImageProcessor, config: ModelConfig, directory: Path, strategy: str) -> None:
-    """preprocessor_config.json and processor_config.json of transformers' LLaVA; `strategy` is its
-    vision_feature_select_strategy.
+    """preprocessor_config.json and processor_config.json of transformers' LLaVA, LLaVA-NeXT or InternVL; `strategy` is its
+    vision_feature_select_strategy. Whatever transformers' processors have no field for stands in fields of ours.
     """
-    if processor.tiling is not None:
-        raise UserError(f"transformers' LLaVA has no tiles; an image processor with {processor.tiling} is not exported")
     tower = config.vision
     sides = {"height": processor.height, "width": processor.width}
     cropped = processor.aspect != "squash"
@@ -132,10 +131,12 @@ def write_image_processor(processor: ImageProcessor, config: ModelConfig, direct
         values |= {"do_center_crop": True, "crop_size": sides}
     if processor.aspect == "pad":
         values["do_pad"] = True
-    if isinstance(tower, ViTConfig) and strategy:
-        values["processor_class"] = "LlavaProcessor"
+    if processor.tiling is not None:
+        values |= _written_tiling(processor, processor.tiling)
+    if isinstance(tower, ViTConfig) and strategy and not isinstance(processor.tiling, DynamicTiles):
+        values["processor_class"] = "LlavaNextProcessor" if processor.tiling else "LlavaProcessor"
         joined = {
-            "processor_class": "LlavaProcessor",
+            "processor_class": values["processor_class"],
             "image_token": PLACEHOLDER,
             "patch_size": tower.patch_size,
             "num_additional_image_tokens": tower.prefix,
@@ -143,6 +144,25 @@ def write_image_processor(processor: ImageProcessor, config: ModelConfig, direct
         }
         (directory / "processor_config.json").write_text(json.dumps(joined, indent=2) + "\n")
     (directory / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _written_tiling(processor: ImageProcessor, tiling: Tiling) -> dict[str, Any]:
+    """The fields in which a processor that cuts differs from others'. Raises UserError where none says it."""
+    height, width = processor.shape[:2]
+    ours = {name: False for name in ("overview", "rounded") if not getattr(tiling, name, True)}
+    if isinstance(tiling, AnyRes) and height == width:
+        return {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "size": {"shortest_edge": height},
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "image_grid_pinpoints": [[rows * height, columns * width] for rows, columns in tiling.grids],
+            **ours,
+        }
+    if isinstance(tiling, DynamicTiles):
+        most = {"min_patches": tiling.least, "max_patches": tiling.most}
+        return {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True, **most, **ours}
+    raise UserError(f"an image processor with {tiling} and tiles of {height} x {width} pixels cannot be written")
 
 
 def has_tokenizer(directory: Path) -> bool:

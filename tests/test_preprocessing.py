@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from mmjax.data.images import ImageProcessor
 from mmjax.data.tiling import AnyRes, DynamicTiles, SmartResize, Tiling, patch_rows
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
@@ -84,9 +85,16 @@ def test_grids_that_are_not_whole_tiles_are_refused(tmp_path, values):
         read(tmp_path, image_processor_type="LlavaNextImageProcessor", **values)
 
 
-def test_tiles_are_not_exported_as_llava(tmp_path):
-    settings, _ = PROCESSORS["LlavaNext"]
-    processor = read(tmp_path, image_processor_type="LlavaNextImageProcessor", **settings)
-    assert len(processor.tiles(gradient(60, 40))) == processor.count(40, 60) == 5
-    with pytest.raises(UserError, match="AnyRes"):
-        write_image_processor(processor, CONFIG, tmp_path, "default")
+@pytest.mark.parametrize(
+    "tiling", [AnyRes(((1, 2), (2, 2))), AnyRes(overview=False, rounded=False), DynamicTiles(2, 5), DynamicTiles(overview=False)]
+)
+@pytest.mark.parametrize("strategy", ["default", ""])
+def test_tilings_are_written_and_read_back(tmp_path, tiling, strategy):
+    processor = ImageProcessor(20, "squash", (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), tiling=tiling)
+    write_image_processor(processor, CONFIG, tmp_path, strategy)
+    assert read_image_processor(tmp_path, CONFIG) == processor
+
+
+def test_patches_of_any_number_are_not_written(tmp_path):
+    with pytest.raises(UserError, match="SmartResize.*cannot be written"):
+        write_image_processor(ImageProcessor(20, "squash", tiling=SmartResize()), CONFIG, tmp_path, "default")

@@ -17,7 +17,7 @@ import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.data.picture_tokens import order, together
-from mmjax.data.tiling import AnyRes
+from mmjax.data.tiling import AnyRes, Tiling
 from mmjax.errors import UserError
 from mmjax.families import language, llava, llava_next, parts, sequential
 from mmjax.families.family import Config, Family, Inputs
@@ -118,9 +118,11 @@ def vision_config(config: Config, where: str) -> Config:
     return {"model_type": "clip_vision_model", **config["vision_config"]}
 
 
-def expressible(config: ModelConfig) -> str:
-    """Why this layout cannot hold a model; "" if it can."""
+def expressible(config: ModelConfig, cut: Tiling | None = None) -> str:
+    """Why this layout cannot hold a model whose pictures are cut like this; "" if it can."""
     c = config.connector
+    if cut is not None and not (isinstance(cut, AnyRes) and cut.overview):
+        return f"its pictures are cut into a grid and an overview (anyres), not by {cut}"
     if config.llm is None or not isinstance(config.vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
     if config.mask != "causal":

@@ -30,10 +30,11 @@ PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 def _read(config: Config, where: str) -> ModelConfig:
     read = llava.FAMILY.read_config(config, where)
     assert read.connector is not None
-    if read.features.keep_class_token:
+    if read.connector.positions != read.encoder.positions:
         raise UserError(
-            f"{where}: vision_feature_select_strategy = 'full' keeps this vision tower's class token, but the tokens of tiles "
-            "are put together as square maps, which have no place for it"
+            f"{where}: the connector reads this vision tower's class token or registers (vision_feature_select_strategy = "
+            f"{config.get('vision_feature_select_strategy')!r}), but the tokens of tiles are put together as square maps, which have "
+            "no place for them"
         )
     tiling(config, read, where)
     return dataclasses.replace(read, connector=dataclasses.replace(read.connector, merge="spatial_unpad"))
@@ -54,7 +55,7 @@ def grids(canvases: Sequence[Sequence[int]], side: int, name: str) -> tuple[tupl
 
 def expressible(config: ModelConfig, text: Config, image: Config) -> str:
     """Why this layout cannot hold a model; "" if it can."""
-    if config.features.keep_class_token:
+    if config.connector is not None and config.connector.positions != config.encoder.positions:
         return "its tokens are square maps without a class token"
     return llava.expressible(config, text, image, "spatial_unpad")
 

@@ -26,6 +26,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
     "test_bert": ("states, logits, loss, files both ways", {"bert"}),
     "test_parts": ("embeddings, files both ways", {"clip_text_model", "siglip_text_model", "siglip2_text_model"}),
     "test_mobilenet_v2": ("features and classes, files both ways", {"mobilenet_v2"}),
+    "test_llava_next": ("logits, loss, greedy tokens, files both ways", {"llava_next", "internvl"}),
     "test_llava": ("logits, loss, greedy tokens, files both ways", {"llava"}),
     "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma"}),
     "test_golden": (
