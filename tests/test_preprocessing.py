@@ -10,7 +10,6 @@ from mmjax.data.tiling import AnyRes, DynamicTiles, SmartResize, Tiling, patch_r
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
 from mmjax.preprocessing import read_image_processor, write_image_processor
-from tests.data.pictures import gradient
 
 CONFIG = ModelConfig(image_mean=(0.1, 0.2, 0.3), image_std=(0.4, 0.5, 0.6))
 CANVASES = [[20, 40], [40, 20], [40, 40], [60, 20], [20, 60]]
