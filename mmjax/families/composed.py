@@ -85,6 +85,8 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
     if config.resamples:
         return _perceiver_rules(config)
     table = norm("connector.input_norm", "connector/input_norm") if config.input_norm else []
+    if config.newline:
+        table.append(rule("connector.newline", "connector/newline"))
     if config.kind == "residual_mlp":
         halves = [f"{half}/{name}" for half in ("first", "second") for name in ("up", "down")]
         table += [
