@@ -54,7 +54,7 @@ class Pairs:
         id = str(row["id"]) if row.get("id") is not None else id
         picture = row.get(self._image)
         found = row.get(self._answer)
-        answers = found if isinstance(found, list) else [found]
+        answers: list[Any] = found if isinstance(found, list) else [found]
         if not isinstance(picture, (str, int)) or not answers or not all(isinstance(text, str) for text in answers):
             raise BadSample(id, f"the row has no picture in {self._image!r} or no text in {self._answer!r}")
         content = [{"type": "image", "path": self._pattern.replace("{}", str(picture))}]

@@ -30,7 +30,7 @@ from PIL import Image
 from mmjax.config import FewShot
 from mmjax.data import sources
 from mmjax.data.features import encoder_digest
-from mmjax.data.images import BrokenImage, decode
+from mmjax.data.images import BrokenImage, ImageProcessor, decode
 from mmjax.data.in_context import joined
 from mmjax.data.messages import BadSample, Message, Sample, images
 from mmjax.errors import UserError
@@ -88,7 +88,7 @@ class Examples:
         rng = np.random.default_rng((self.settings.seed, number))
         shown = [part for one in (sample, original) for part in images(one.messages)]
         names = {part["path"] for part in shown if "path" in part}
-        digests = {digest for part in shown if (digest := _digest(lambda part=part: _opened(part, open_image)))}
+        digests = {digest for part in shown if (digest := _digest(functools.partial(_opened, part, open_image)))}
         chosen: list[Sample] = []
         for candidate in self._candidates(sample, rng, open_image):
             own = _names(candidate)
@@ -151,10 +151,10 @@ class Examples:
         if cache.exists():
             features = np.load(cache)
         else:
-            names = list(dict.fromkeys(name for group in by_pictures for name in group))
-            log.info("few_shot: encoding %d pictures", len(names))
+            different = list(dict.fromkeys(name for group in by_pictures for name in group))
+            log.info("few_shot: encoding %d pictures", len(different))
             readable: list[str] = []
-            encoded = self._encoded(self._pictures(names, readable))
+            encoded = self._encoded(self._pictures(different, readable))
             each = dict(zip(readable, encoded))
             none = np.zeros(encoded.shape[-1], np.float32)  # of a picture that cannot be read, and is like no other
             features = _normalised(np.stack([np.mean([each.get(name, none) for name in group], 0) for group in by_pictures]))
@@ -175,13 +175,14 @@ class Examples:
 
     def _encoded(self, pictures: Iterable[Image.Image]) -> np.ndarray:
         """float32 [pictures, width], each of length 1."""
-        assert self.model is not None and self.model.image_processor is not None
-        processor = dataclasses.replace(self.model.image_processor, tiling=None)
-        params, found, waiting = {"vision": self.model.params["vision"]}, [], []
+        model, processor = self._seeing
+        processor = dataclasses.replace(processor, tiling=None)
+        params, found = {"vision": model.params["vision"]}, []
+        waiting: list[np.ndarray] = []
 
         def encode() -> None:
             pixels = np.stack(waiting + waiting[-1:] * (_BATCH - len(waiting)))
-            features = _mean_features(params, pixels, config=self.model.config, run=self.model.run)
+            features = _mean_features(params, pixels, config=model.config, run=model.run)
             found.append(np.asarray(features)[: len(waiting)])
             waiting.clear()
 
@@ -193,11 +194,15 @@ class Examples:
             encode()
         return np.concatenate(found)
 
+    @property
+    def _seeing(self) -> tuple[Model, ImageProcessor]:
+        if self.model is None or self.model.image_processor is None:
+            raise UserError('few_shot.choose = "similar" needs a model with a vision encoder')
+        return self.model, self.model.image_processor
+
     def _key(self) -> str:
-        assert self.model is not None and self.model.image_processor is not None
-        encoder = encoder_digest(
-            self.model.config, self.model.params, self.model.image_processor, False, self.model.run
-        )
+        model, processor = self._seeing
+        encoder = encoder_digest(model.config, model.params, processor, False, model.run)
         return hashlib.blake2b(f"{encoder} {sources.stamp(self.settings.source)}".encode(), digest_size=16).hexdigest()
 
 
