@@ -35,13 +35,14 @@ from tests.configs import expand
 
 NOT_SYSTEMS = ("continue_from_hf", "flickr8k", "gallery_base", "quickstart")
 SAMPLES = 10_000  # captions a recipe is trained on, over all stages
-ROWS, IN_ROW = 4, 5  # rows of a step, and captions that a row has room for
+ROWS, IN_ROW = 4, 6  # rows of a step, and captions that a row has room for
+JOINED = 3  # photographs with their captions in one document
 TEXT = 32  # tokens of a caption and what its template puts around it
 RATE = 3e-3
 SIZE = 160  # side of the pictures; those of Flickr8k are stored at this size
 HELD_OUT = 500
 PICTURES = 2000  # training photographs, each with five captions
-DOCUMENTS = ("mmc4", "obelics")
+DOCUMENTS = ("mmc4", "obelics", "mimic_it")
 PROMPT = "Describe the image."
 
 
@@ -199,7 +200,9 @@ def _optimizer(published: Optimizer, params: multimodal.Params) -> Optimizer:
 def _source(source: Source, data: Path, template: str) -> Source:
     if not source.images and source.kind not in DOCUMENTS:
         return _captions(data, "train", "train", template, shown=False)
-    return dataclasses.replace(_captions(data, "train", "train", template), weight=source.weight)
+    join = JOINED if source.kind in DOCUMENTS or source.join else 0
+    kept = {"weight": source.weight, "loss_weight": source.loss_weight, "join": join}
+    return dataclasses.replace(_captions(data, "train", "train", template), **kept)
 
 
 def _captions(data: Path, part: str, split: str, template: str, **options) -> Source:
