@@ -6,8 +6,10 @@
 DIR of `data` holds Flickr8k as configs/flickr8k.py describes it.
 
 What it is     a Llama of three layers that has only ever read: 30,000 captions, without the photographs.
-Stages         chat      captions as answers of a chat
-               language  captions alone
+Stages         plain     captions alone
+               chat      a caption told, another one of the same photograph asked for
+               language  one caption behind another
+So it has learnt that what stands before a caption may tell of the same scene, which is what a connector's tokens are to do.
 At the end it is exported, in Hugging Face's layout, to WORKDIR/export: recipes read it as --config.model.llm.path=WORKDIR/export.
 """
 
@@ -46,8 +48,8 @@ LLAMA = Part(
 def get_config(argument: str = ""):
     chosen = parse_arguments(argument, {"data": "../shared/data/flickr8k", "tiny": False})
 
-    def read(template: str, prompt: str, epochs: float) -> Stage:
-        options = {"split": "train", "shown": False, "prompt": prompt}
+    def read(template: str, shown: str, prompt: str, epochs: float) -> Stage:
+        options = {"split": "train", "shown": shown, "prompt": prompt}
         return Stage(
             trainable=("llm/**",),
             sources={"captions": Source(kind="captions", path=f"{chosen.data}/captions_train.jsonl.gz", options=options)},
@@ -73,8 +75,12 @@ def get_config(argument: str = ""):
     recipe = Recipe(
         name="gallery_base",
         model=Model(llm=LLAMA, tokenizer=Tokenizer(kind="bpe", vocab_size=2048), template="plain", system=""),
-        stages={"chat": read("v1", "Describe the image.", 1.0), "language": read("plain", "", 4.0)},
-        run=("chat", "language"),
+        stages={
+            "plain": read("plain", "nothing", "", 1.0),
+            "chat": read("v1", "words", "Describe the image.", 1.0),
+            "language": read("interleaved", "words", "", 2.0),
+        },
+        run=("plain", "chat", "language"),
         mesh=Mesh(cpu_devices=2),
         checkpoint=Checkpoint(every=0),
         logging=Logging(every=50),

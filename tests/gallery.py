@@ -7,7 +7,8 @@
 A recipe runs through all of its own stages. What is changed beside sizes: its language model is the base's and its encoder
 MobileNetV2, trained on ImageNet (parts that a recipe begins from nothing stay fresh), with features from the last layer, kept
 from epoch to epoch where the encoder is frozen; its data are Flickr8k's captions (documents of several pictures where it reads
-interleaved documents, the captions alone where it reads text); its learning rates suit small models. Then it describes 500
+interleaved documents, the captions alone where it reads text); its learning rates suit small models; its
+system message is empty. Then it describes 500
 held-out photographs, the same with the photographs shuffled among them, and without any.
 """
 
@@ -89,7 +90,7 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
     seen = {"feature_layers": (-1,), "post_norm": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
     if parts["vision"].path == "":
         seen = {}
-    model = dataclasses.replace(small.model, **parts, **seen, dtype="float32")
+    model = dataclasses.replace(small.model, **parts, **seen, system="", dtype="float32")
     recipe = dataclasses.replace(small, model=model, mesh=Mesh(cpu_devices=2))
     config = model_config(recipe)
     params = multimodal.shapes(config)
@@ -199,7 +200,7 @@ def _optimizer(published: Optimizer, params: multimodal.Params) -> Optimizer:
 
 def _source(source: Source, data: Path, template: str) -> Source:
     if not source.images and source.kind not in DOCUMENTS:
-        return _captions(data, "train", "train", template, shown=False)
+        return _captions(data, "train", "train", template, shown="words")
     join = JOINED if source.kind in DOCUMENTS or source.join else 0
     kept = {"weight": source.weight, "loss_weight": source.loss_weight, "join": join}
     return dataclasses.replace(_captions(data, "train", "train", template), **kept)

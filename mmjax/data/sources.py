@@ -118,7 +118,8 @@ class Captions:
     prefix  the user says the beginning of the caption instead, none of its words or some (prefix language modelling, BLIP-2's
             way into an encoder-decoder); how many is drawn by the sample's id. In the split "eval" none
     field   where the captions are; "" = the first of `captions`, `caption` and `en` that a row has
-    shown   false = the captions alone, as text for a language model that is to know them before it sees
+    shown   "picture"; or for a language model that is to read before it sees "words", another caption of the same picture in its
+            place, or "nothing"
     """
 
     def __init__(
@@ -128,11 +129,13 @@ class Captions:
         split: str = "train",
         prompt: str = "Describe the image.",
         field: str = "",
-        shown: bool = True,
+        shown: str = "picture",
         prefix: bool = False,
     ):
         if split not in ("train", "eval"):
             raise UserError(f"captions: unknown split {split!r}; there are train and eval")
+        if shown not in ("picture", "words", "nothing"):
+            raise UserError(f"captions: unknown shown = {shown!r}; there are picture, words and nothing")
         self._arguments = path, images, split, prompt, field, shown, prefix
         self._rows, self._store, self._shown = open_rows(path), stores.open_store(images), shown
         self._prefix = prefix
@@ -156,8 +159,10 @@ class Captions:
             words = caption.split()
             said = _drawn(id, len(words))
             prompt, caption = " ".join(words[:said]), " ".join(words[said:])
-        content = [{"type": "image", "path": row["image"]}] if self._shown else []
-        content += [{"type": "text", "text": prompt}] if prompt or not content else []
+        content = [{"type": "image", "path": row["image"]}] if self._shown == "picture" else []
+        told = captions[(which + 1) % len(captions)] if self._shown == "words" else ""
+        text = " ".join(part for part in (told, prompt) if part)
+        content += [{"type": "text", "text": text}] if text or not content else []
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": caption}]
         return Sample(id, messages.validated(turns, id), "caption", tuple(captions))
 

@@ -92,6 +92,10 @@ def test_captions_for_training_and_for_evaluation(tmp_path):
         opened(promt="")
     with pytest.raises(UserError, match="unknown split"):
         opened(split="test")
+    told, bare = (opened(shown=shown, prompt="Say:")[0].messages for shown in ("words", "nothing"))
+    assert [text(told[0]), text(bare[0])] == ["b  Say:", "Say:"] and not images(told) + images(bare)
+    with pytest.raises(UserError, match="unknown shown"):
+        opened(shown="sketch")
 
 
 def test_the_beginning_of_a_caption_is_the_users(tmp_path):
