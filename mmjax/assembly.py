@@ -142,7 +142,7 @@ def connector_config(
         kind, depth = "mlp", int(named[1])
     config = ConnectorConfig(
         kind=kind,  # type: ignore[arg-type]
-        in_width=tower.feature_width * len(features.layers),
+        in_width=features.width(tower),
         out_width=width,
         positions=features.positions(tower),
         depth=section.depth or depth,
@@ -152,9 +152,6 @@ def connector_config(
         pooled_tokens=section.pooled_tokens,
         grid=section.grid,
         input_norm=section.input_norm,
-        output_norm=section.output_norm,
-        norm=section.norm,
-        norm_eps=section.norm_eps,
         squeeze_width=section.squeeze_width,
         token_order=section.token_order,
         latents=section.latents,

@@ -87,9 +87,6 @@ class Connector:
     grid: int = 0
     bias: bool = True
     input_norm: bool = False
-    output_norm: bool = False
-    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
-    norm_eps: float = 1e-5
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
     latents: int = 64
@@ -144,7 +141,7 @@ class Model:
     path            a whole multimodal checkpoint (HF llava layout, LLaVA's original layout, or an mmjax workdir); the parts below are
                     then read from it and must be left at their defaults
     mask            who sees whom: "causal"; "prefix" (a prompt's tokens see each other both ways: PaliGemma); "media" (an image's do:
-                    Gemma 3, GIT); "" = as `path` has it, causal where the parts are joined here
+                    Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it, causal where the parts are joined here
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
     new_tokens      tokens that the tokenizer is to have (delimiters, states, speech units). Each gets rows of its own in the
@@ -164,7 +161,7 @@ class Model:
     post_norm: bool = False
     image: Image = dataclasses.field(default_factory=Image)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
-    mask: Literal["", "causal", "prefix", "media"] = ""
+    mask: Literal["", "causal", "prefix", "media", "opening"] = ""
     template: str = "v1"
     system: str | None = None
     image_start: str = ""

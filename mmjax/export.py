@@ -278,7 +278,8 @@ def _write_rest(model: Model, family: Family, foreign: Config, path: Path) -> No
     home = homes.get("llm", path)
     if model.tokenizer is not None:
         write_tokenizer(model.tokenizer, model.template, home, model.image_start, model.image_end)
-    if model.image_processor is not None:
+    tiling = model.image_processor.tiling if model.image_processor else None
+    if model.image_processor is not None and (tiling is None or tiling != family.tiling(foreign, model.config)):
         strategy = str(foreign.get("vision_feature_select_strategy", ""))
         write_image_processor(model.image_processor, model.config, homes.get("vision", path), strategy)
     if model.config.llm is not None:

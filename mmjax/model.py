@@ -148,11 +148,12 @@ class Model:
         connector, processor = self.config.connector, self.image_processor
         if connector is None or processor is None or processor.tiling is None:
             return None
-        return PictureTokens(connector.tokens, processor.shape[:2], processor.tiling, connector.merge)
+        merge = "stitched" if self.config.features.stitching else connector.merge
+        return PictureTokens(connector.tokens, processor.shape[:2], processor.tiling, merge)
 
     def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
         """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate."""
-        return collate(rows, **self._collation, **settings)
+        return collate(rows, **self._collation, stitched=self.config.features.stitching is not None, **settings)
 
     @property
     def _collation(self) -> dict[str, Any]:

@@ -15,12 +15,14 @@ def spans_of(mask: MaskKind, segments: np.ndarray, is_media: np.ndarray, supervi
     supervised   bool [rows, length]: whether the next token is predicted from here
 
     "media": an unbroken run of media tokens is a span, be it one image, its tiles, or the frames of a video (as transformers has it
-    for Gemma 3 and GIT). "prefix": what stands before a sample's first supervised token; all of it where there is none (a prompt).
+    for Gemma 3 and GIT). "opening": a sample's first such run, and what stands in front of it. "prefix": what stands before a sample's first supervised token; all of it where there is none (a prompt).
     """
     if mask == "causal":
         return None
     if mask == "media":
         return runs(is_media, segments)
+    if mask == "opening":
+        return np.where(_opening(segments, is_media), segments, 0).astype(np.int32)
     return np.where(_prefix(segments, supervised), segments, 0).astype(np.int32)
 
 
@@ -29,6 +31,17 @@ def runs(marked: np.ndarray, segments: np.ndarray) -> np.ndarray:
     follows = np.zeros_like(marked)
     follows[:, 1:] = marked[:, :-1] & (segments[:, 1:] == segments[:, :-1])
     return np.where(marked, np.cumsum(marked & ~follows, 1), 0).astype(np.int32)
+
+
+def _opening(segments: np.ndarray, is_media: np.ndarray) -> np.ndarray:
+    """bool [rows, length]: real positions up to the end of their sample's first run of media tokens; none where it has no media."""
+    number, inside = runs(is_media, segments), np.zeros(segments.shape, bool)
+    for row, sample in ((row, sample) for row in range(len(segments)) for sample in np.unique(segments[row]) if sample):
+        own = segments[row] == sample
+        if (is_media[row] & own).any():
+            first = number[row][own & is_media[row]][0]
+            inside[row] |= own & (np.arange(len(own)) <= np.flatnonzero(number[row] == first)[-1])
+    return inside
 
 
 def _prefix(segments: np.ndarray, supervised: np.ndarray) -> np.ndarray:

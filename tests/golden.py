@@ -84,8 +84,9 @@ def run(directory: Path) -> Result:
     missing = sorted(set(wanted) - set(found))
     difference = relative = 0.0
     wrong = []
-    if "generated_ids" in found:  # some references went on from their first rows only
-        found["generated_ids"] = found["generated_ids"][: len(wanted["generated_ids"])]
+    if "generated_ids" in found:  # some references went on from their first rows only, or for fewer tokens
+        rows, tokens = wanted["generated_ids"].shape
+        found["generated_ids"] = found["generated_ids"][:rows, :tokens]
     for name in sorted(set(wanted) & set(found)):
         apart, allowed = _apart(np.asarray(found[name]), wanted[name], name, inputs, reference)
         scale = float(np.abs(wanted[name].astype(np.float64)).max()) if wanted[name].size else 0.0
@@ -111,8 +112,6 @@ def _apart(found: np.ndarray, wanted: np.ndarray, name: str, inputs: Arrays, ref
         return float(np.abs(found.astype(np.int64) - wanted).max(initial=0)), 0.0
     difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
     mask = reference.get("spliced_attention_mask", inputs.get("attention_mask"))
-    if mask is not None and "num_image_positions" in reference:  # rows begin with an image that has no placeholders
-        mask = np.pad(mask, ((0, 0), (int(reference["num_image_positions"]), 0)), constant_values=1)
     if mask is not None and difference.shape[:2] == mask.shape:
         difference = np.where(mask.reshape(*mask.shape, *[1] * (difference.ndim - 2)) != 0, difference, 0)
     largest = float(difference.max(initial=0))
@@ -145,7 +144,7 @@ def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str
         new = 16 if "generated_tokens" not in flags else flags["generated_tokens"]
         ids, scores = model.generate(prompt, max_new_tokens=new, ignore_eos=True, return_scores=True)
         found["generated_ids"], found["generated_scores"] = ids, scores
-    return found
+    return golden_parts.with_samples(found, wanted, inputs)
 
 
 def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import jax
+import numpy as np
 
+from mmjax.batch import Batch
 from mmjax.checkpoints import weights
 from mmjax.errors import UserError
-from mmjax.families import anymal, flamingo, keys, vila
+from mmjax.families import anymal, flamingo, keys, moondream_2024, vila
 from mmjax.models import connectors, gated_cross_attention, multimodal, perceiver
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import ModelConfig
+from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
 
 Arrays = dict[str, Any]
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "sqrelu": "squared_relu"}
+GELU: dict[str, Any] = {"erf": "gelu", "tanh": "gelu_tanh"}
 
 
 def vila_projector(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
@@ -118,6 +121,61 @@ def gated_cross_attention_block(directory: Path, config: Arrays, inputs: Arrays,
     return {name: found[name] for name in wanted if name in found}
 
 
+def moondream1_projection(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    features = inputs["image_features"]
+    widths = config["image_embedding_dim"], config["model_dim"]
+    shape = moondream_2024.residual_projection(*widths, features.shape[1], GELU[config["gelu"]])
+    params = _connector(directory, shape, moondream_2024.residual_rules())
+    return {"connector_output": connectors.connect(params, shape, features)}
+
+
+def moondream2_may2024_vision(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """Pictures of whole tiles, normalised; their overview is the picture made smaller without smoothing."""
+    sizes = ("embed_dim", "num_heads", "ff_dim", "depth", "grid", "patch_size", "model_dim")
+    shape = moondream_2024.vision(*(config[name] for name in sizes), GELU[config["gelu"]])
+    rules = moondream_2024.vision_rules()
+    params = keys.load(weights.read(directory), rules, multimodal.shapes(shape), dtype="float32", where=directory)
+    side, run, found = shape.vision.image_size, Execution(), {}
+    for name in sorted(inputs):
+        picture = inputs[name].transpose(1, 2, 0)
+        rows, columns = (length // side for length in picture.shape[:2])
+        tiles = picture.reshape(rows, side, columns, side, -1).transpose(0, 2, 1, 3, 4).reshape(-1, side, side, 3)
+        overview = jax.image.resize(picture, (side, side, 3), "bilinear", antialias=False)
+        grid = (rows, columns) if rows * columns > 1 else (0, 0)
+        batch = Batch(images=np.concatenate([overview[None], tiles])[None], grids=np.array([[(0, *grid)]]))
+        k = name.removeprefix("image_")
+        found[f"connector_output_{k}"] = multimodal.encode_media(params, shape, batch, run)[0]
+        if grid == (0, 0):
+            found[f"image_features_{k}"] = multimodal.vision_features(params, shape, overview[None], run)
+    return {**found, "connector_output_batched": np.concatenate([found[f"connector_output_{k}"] for k in range(len(inputs))])}
+
+
+# Where a text was put to one picture after another, only parts of large outputs were recorded: name -> (the output, what was kept of it
+# given the length of the text); and the answer to the last one.
+SAMPLES: dict[str, tuple[str, Callable[[Any, int], Any]]] = {
+    "crops_uint8_every_7th_pixel": ("crops_uint8", lambda crops, text: crops[:, ::7, ::7]),
+    "global_features_first_64": ("global_features", lambda features, text: features[:64]),
+    "reconstructed_shape": ("reconstructed", lambda grid, text: np.array(grid.shape)),
+    "reconstructed_mean_over_grid": ("reconstructed", lambda grid, text: grid.mean((0, 1))),
+    "connector_output_every_9th_token": ("connector_output", lambda tokens, text: tokens[0, ::9]),
+    "logits_prompt_positions": ("logits", lambda logits, text: logits[:, -text:]),
+    "logits_every_81st_image_position": ("logits", lambda logits, text: logits[:, :-text:81]),
+}
+
+
+def with_samples(found: Arrays, wanted: set[str], inputs: Arrays) -> Arrays:
+    """The outputs, and the recorded parts of them that are wanted."""
+    made: Arrays = {}
+    for name in wanted - set(found):
+        kind, _, number = name.rpartition("_")
+        if kind in SAMPLES and f"{SAMPLES[kind][0]}_{number}" in found:
+            whole, part = SAMPLES[kind]
+            made[name] = part(found[f"{whole}_{number}"], inputs["input_ids"].shape[1])
+    if made and "generated_ids" in found:
+        made["generated_ids"] = found["generated_ids"][-1:]
+    return {**found, **made}
+
+
 def _connector(directory: Path, config: ConnectorConfig, rules: list[keys.Rule]) -> Arrays:
     shapes = multimodal.shapes(ModelConfig(connector=config))
     return keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["connector"]
@@ -128,6 +186,8 @@ PARTS = {
     "anymal_perceiver": anymal_perceiver,
     "flamingo_gated_xattn": gated_cross_attention_block,
     "flamingo_perceiver": flamingo_perceiver,
+    "moondream1_projection": moondream1_projection,
+    "moondream2_may2024_vision": moondream2_may2024_vision,
     "otter_gated_xattn": gated_cross_attention_block,
     "otter_perceiver": flamingo_perceiver,
     "vila_projector": vila_projector,

@@ -15,6 +15,9 @@ GATED = (
 DIRECTORIES = [
     "llava/clip_mlp_two_rows",
     "llava_llama/mlp2x_gelu_right_padded",
+    *(f"doubutsu/{name}" for name in ("base_two_rows", "next_three_tiles", "pooled_single_token_assembled")),
+    *(f"moondream/{name}" for name in ("full_grid_wide_image_tiled", "small_grid_full_sequence")),
+    *(f"moondream/{name}" for name in ("may2024_vision_single_and_tiled", "moondream1_residual_projection")),
     "vila/vila15_mlp_downsample_odd_grid_two_rows",
     *(f"label_mask/{name}" for name in ("v1", "plain", "llava_llama_2", "mpt", "v0_no_bos_tokenizer")),
     *(f"image_processor/{name}" for name in ("clip_shortest_edge_center_crop", "llava_pad_square", "siglip_squash")),

@@ -23,6 +23,7 @@ def collate(
     mask: MaskKind = "causal",
     media_positions: bool = True,
     answer_length: int = 0,
+    stitched: bool = False,
 ) -> Batch:
     """A Batch of these rows, each with one or several samples, padded on the right.
 
@@ -33,6 +34,7 @@ def collate(
     mask          who sees whom beside what stands before (see mmjax.spans)
     media_positions   whether media tokens are counted in positions; else the text alone (GIT)
     answer_length   positions of an encoder-decoder's decoder; 0 = as many as the longest row of answers has
+    stitched      whether the tiles of an image are stitched into one map: two of them at least, an overview and a grid
 
     Without any token (classification) the token fields are None, without any tile the image fields.
     Raises ValueError where something does not fit.
@@ -47,7 +49,9 @@ def collate(
     answers = [sum(len(e.decoder_ids) for e in row if e.decoder_ids is not None) for row in rows]
     if answer_length or any(answers):
         fields |= _answers(rows, answer_length or max(answers))
-    return Batch(**fields, **(_media(fed, tiles, media_shape) if tiles else {}))
+    if tiles:
+        fields |= _media(fed, tiles, media_shape) | ({"grids": _grids(fed, tiles)} if stitched else {})
+    return Batch(**fields)
 
 
 def _tokens(
@@ -58,7 +62,7 @@ def _tokens(
     fields |= {"media": np.full(shape, -1, np.int32), "weights": np.zeros(shape, np.float32)}
     number = 0
     for group in grouped:
-        before = 0  # tiles of the group so far
+        before = 0  # tiles (or images whose tiles are stitched) of the group so far
         for row in group:
             at = 0
             for segment, example in enumerate(row, 1):
@@ -70,7 +74,7 @@ def _tokens(
                 fields["segments"][here] = segment
                 media = np.where(example.media >= 0, example.media + before * example.tile_tokens, -1)
                 fields["media"][here] = np.where(example.media == NEWLINE, tiles * example.tile_tokens, media)
-                before += example.tile_count
+                before += example.media_count
                 counted = media_positions | (fields["media"][here] < 0)
                 fields["positions"][here] = np.maximum(np.cumsum(counted) - 1, 0)
                 following = np.append(example.labels[1:], IGNORED)
@@ -98,6 +102,17 @@ def _answers(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.nda
             fields["targets"][here] = np.where(example.decoder_labels == IGNORED, 0, example.decoder_labels)
             fields["weights"][here] = example.weight * (example.decoder_labels != IGNORED)
     return fields
+
+
+def _grids(fed: Sequence[Sequence[Example]], tiles: int) -> np.ndarray:
+    """Batch.grids. As many images as there can be, so that the shape does not depend on them."""
+    grids = np.zeros((len(fed), max(1, tiles // 2), 3), np.int32)
+    for group, examples in enumerate(fed):
+        shown = [(count, grid) for example in examples for count, grid in zip(example.tiles, example.grids)]
+        firsts = np.cumsum([0] + [count for count, _ in shown])
+        for number, (first, (_, grid)) in enumerate(zip(firsts, shown)):
+            grids[group, number] = first, *grid
+    return grids
 
 
 def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -33,6 +33,7 @@ class Example:
     pixels  what is fed for the images: uint8 [tiles, height, width, 3], or float features [tiles, positions, width]
     category   the class of its one image (classification), -1 = none
     tiles   tiles of each image; () = one each
+    grids   of images whose tiles are stitched (mmjax.models.stitching): rows and columns of the tiles behind each one's overview
     tile_tokens   media tokens of a tile
     weight     of its supervised positions in the loss
     decoder_ids, decoder_labels   int32 [m], of an encoder-decoder, whose encoder reads `ids`: what its decoder reads, and the id
@@ -48,6 +49,7 @@ class Example:
     category: int = -1
     tiles: tuple[int, ...] = ()
     tile_tokens: int = 0
+    grids: tuple[tuple[int, int], ...] = ()
     weight: float = 1.0
     decoder_ids: np.ndarray | None = None
     decoder_labels: np.ndarray | None = None
@@ -59,6 +61,11 @@ class Example:
     @property
     def tile_count(self) -> int:
         return sum(self.tiles)
+
+    @property
+    def media_count(self) -> int:
+        """How many times `tile_tokens` media tokens it has: for each tile, or for each image whose tiles are stitched."""
+        return len(self.grids) or self.tile_count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +116,16 @@ class Encoder:
             segments, answer = self._parted(sample.id, segments)
         ids, labels, media = [], [], []  # of each chunk
         shown, tiles, spans = [], [], []  # of each image: the part, its tiles, its first position and the one behind it
+        grids: list[tuple[int, int]] = []
         if self._adds_bos and not (segments and segments[0].text.startswith(self.tokenizer.bos_token)):
             ids.append(np.array([self.tokenizer.bos_token_id]))
             labels.append(np.array([IGNORED]))
             media.append(np.full(1, -1))
         for chunk in self._chunks(segments):
             if isinstance(chunk, dict):
-                count, order = self._picture(sample, chunk, size_of)
-                before = sum(tiles) * self.tokens_per_image
+                count, order, grid = self._picture(sample, chunk, size_of)
+                before = (len(grids) or sum(tiles)) * self.tokens_per_image
+                grids += [grid] if grid else []
                 media.append(np.where(order >= 0, order + before, order))
                 shown.append(chunk)
                 tiles.append(count)
@@ -141,6 +150,7 @@ class Encoder:
             tuple(shown),
             tiles=tuple(tiles),
             tile_tokens=self.tokens_per_image,
+            grids=tuple(grids),
         )
         if self.max_length and len(example.ids) > self.max_length:
             if generation_prompt or answer:
@@ -155,17 +165,20 @@ class Encoder:
             raise BadSample(sample.id, f"nothing in it is supervised{limit} under the template {self.template.name!r}")
         return example
 
-    def _picture(self, sample: Sample, part: dict[str, Any], size_of: SizeOf | None) -> tuple[int, np.ndarray]:
-        """Tiles of an image, and its media tokens, counted from its own first."""
+    def _picture(
+        self, sample: Sample, part: dict[str, Any], size_of: SizeOf | None
+    ) -> tuple[int, np.ndarray, tuple[int, int] | None]:
+        """Tiles of an image, its media tokens, counted from its own first, and the grid that is to be stitched, if there is one."""
         if self.pictures is None:
-            return 1, np.arange(self.tokens_per_image)
+            return 1, np.arange(self.tokens_per_image), None
         if size_of is None:
             raise ValueError("pictures in tiles are encoded by their sizes: size_of must be given")
         try:
             size = size_of(part)
         except BrokenImage as error:
             raise BadSample(sample.id, str(error)) from error
-        return self.pictures.tiles(size), self.pictures.order(size)
+        grid = self.pictures.grid(size) if self.stitched else None
+        return self.pictures.tiles(size), self.pictures.order(size), grid
 
     def _parted(self, id: str, segments: Sequence[Segment]) -> tuple[list[Segment], str]:
         """What stands before the last answer, and that answer without the white space around it."""
@@ -205,7 +218,18 @@ class Encoder:
             media=example.media[:cut],
             images=example.images[:images],
             tiles=example.tiles[:images],
+            grids=example.grids[:images],
         )
+
+    @property
+    def collation(self) -> dict[str, Any]:
+        """How its examples are collated, as keyword arguments."""
+        return {"mask": self.mask, "media_positions": self.media_positions, "stitched": self.stitched}
+
+    @property
+    def stitched(self) -> bool:
+        """Whether the tiles of an image are stitched into one map."""
+        return self.pictures is not None and self.pictures.merge == "stitched"
 
     @functools.cached_property
     def _adds_bos(self) -> bool:

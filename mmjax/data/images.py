@@ -143,12 +143,16 @@ class ImageProcessor:
         if flipped:
             picture = ImageOps.mirror(picture)
         layout = self.tiling.layout(picture.height, picture.width, self.shape[:2])
-        resized = np.asarray(picture.resize((layout.width, layout.height), self.resample))
+        resized = np.asarray(picture.resize((layout.width, layout.height), self._filter))
         tiles = cut(resized, layout, self.shape[:2])
         if not layout.overview:
             return tiles
         overview = self._fitted(picture)[None]
         return np.concatenate([overview, tiles] if layout.overview == "first" else [tiles, overview])
+
+    @property
+    def _filter(self) -> int:
+        return getattr(self.tiling, "resample", self.resample)
 
     def normalise(self, pixels: np.ndarray) -> np.ndarray:
         """float32 of the same shape [..., 3]: scaled to [0, 1], less the mean, over the deviation."""
@@ -158,14 +162,14 @@ class ImageProcessor:
     def _fitted(self, picture: Image.Image) -> np.ndarray:
         """uint8 [height, width, 3]: the whole picture by `aspect`."""
         if self.aspect == "squash":
-            return np.asarray(picture.resize((self.width, self.height), self.resample))
+            return np.asarray(picture.resize((self.width, self.height), self._filter))
         if self.aspect == "pad":
             picture = _square(picture, tuple(int(255 * value) for value in self.mean))
         edge = self.edge or min(self.height, self.width)
         short, long = sorted(picture.size)
         length = int(edge * long / short)
         landscape = picture.width > picture.height
-        picture = picture.resize((length, edge) if landscape else (edge, length), self.resample)
+        picture = picture.resize((length, edge) if landscape else (edge, length), self._filter)
         return _centre(np.asarray(picture), self.height, self.width)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Sequence
+from typing import Literal, Sequence
 
 import numpy as np
 
@@ -31,11 +31,16 @@ class PictureTokens:
     per_tile: int
     tile: tuple[int, int]
     tiling: Tiling
-    merge: Merge = "flat"
+    merge: Merge | Literal["stitched"] = "flat"
 
     def tiles(self, size: tuple[int, int]) -> int:
         """Tiles of a picture of this (height, width)."""
         return self.tiling.layout(*size, self.tile).tiles
+
+    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the tiles behind its overview."""
+        layout = self.tiling.layout(*size, self.tile)
+        return layout.rows, layout.columns
 
     def order(self, size: tuple[int, int]) -> np.ndarray:
         """The tokens of a picture of this (height, width), as the function `order` has them; int32 [tokens]."""
@@ -45,7 +50,11 @@ class PictureTokens:
 
 @functools.lru_cache(maxsize=4096)
 def order(
-    layout: Layout | None, size: tuple[int, int], per_tile: int, merge: Merge = "flat", rounded: bool = True
+    layout: Layout | None,
+    size: tuple[int, int],
+    per_tile: int,
+    merge: Merge | Literal["stitched"] = "flat",
+    rounded: bool = True,
 ) -> np.ndarray:
     """A picture's tokens as indices into those of its tiles, tile after tile, or NEWLINE; int32 [tokens], not to be written to.
 
@@ -54,13 +63,15 @@ def order(
     per_tile  tokens of a tile: for all but "flat" a square map, row by row
     merge     "flat": tile after tile. "spatial": the overview, then the grid of all other tiles row by row over their edges.
               "spatial_unpad" (LLaVA-NeXT): the same without the rows or columns of black borders, and a newline behind every
-              row; one tile alone has a newline at its end
+              row; one tile alone has a newline at its end. "stitched": all tiles together have the tokens of one
     rounded   see mmjax.data.tiling.unpadded
 
     Raises UserError where the tokens of a tile are no square map.
     """
     tiles = layout.tiles if layout else 1
     indices = np.arange(tiles * per_tile, dtype=np.int32).reshape(tiles, per_tile)
+    if merge == "stitched":
+        return _fixed(indices[0])
     if merge == "flat" or layout is None or tiles == 1:
         flat = indices.reshape(-1)
         return _fixed(np.append(flat, np.int32(NEWLINE)) if merge == "spatial_unpad" else flat)

@@ -186,7 +186,7 @@ class Pipeline:
             groups=self.groups,
             tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
             media_shape=shape,
-            **({"mask": self.encoder.mask, "media_positions": self.encoder.media_positions} if self.encoder else {}),
+            **(self.encoder.collation if self.encoder else {}),
             answer_length=self.answer_length,
         )
         if not language and batch.classes is None and batch.tiles is not None:

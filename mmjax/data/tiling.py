@@ -1,8 +1,8 @@
 """How a picture is cut into tiles that an encoder takes one by one.
 
 A tiling makes a Layout from a picture's height and width alone, so that tiles and tokens are counted before anything is
-decoded. There are three: AnyRes (LLaVA-NeXT, https://llava-vl.github.io/blog/2024-01-30-llava-next), DynamicTiles
-(InternVL 1.5, arXiv 2404.16821) and SmartResize (Qwen2-VL, arXiv 2409.12191). Sizes are (height, width), grids are
+decoded. There are AnyRes (LLaVA-NeXT, https://llava-vl.github.io/blog/2024-01-30-llava-next), DynamicTiles
+(InternVL 1.5, arXiv 2404.16821), SmartResize (Qwen2-VL, arXiv 2409.12191) and OverlappingTiles (moondream 2). Sizes are (height, width), grids are
 (rows, columns).
 """
 
@@ -22,6 +22,7 @@ class Layout:
     rows, columns   of the tiles that the canvas consists of
     block           tiles come row by row within blocks of block x block, and the blocks row by row; 1 = all row by row
     overview        where the whole picture, fitted into one tile, stands among the tiles; "" = nowhere
+    overlap         pixels by which a tile reaches beyond its own part, on each side
     """
 
     height: int
@@ -30,6 +31,7 @@ class Layout:
     columns: int
     block: int = 1
     overview: Literal["", "first", "last"] = ""
+    overlap: int = 0
 
     @property
     def tiles(self) -> int:
@@ -129,7 +131,43 @@ class SmartResize:
         return Layout(rows * tile[0], columns * tile[1], rows, columns, block=self.merge)
 
 
-Tiling = AnyRes | DynamicTiles | SmartResize
+@dataclasses.dataclass(frozen=True)
+class OverlappingTiles:
+    """About the picture's own size and shape, in tiles that overlap; an overview comes first (moondream 2).
+
+    most      tiles of a grid
+    overlap   pixels by which a tile reaches beyond its own part, on each side
+    resample  Pillow's filter for tiles and overview, whatever the image processor's is: Lanczos
+    """
+
+    most: int = 12
+    overlap: int = 56
+    resample: int = 1
+
+    def layout(self, height: int, width: int, tile: tuple[int, int]) -> Layout:
+        """Of a picture of this size, for tiles of (height, width) pixels."""
+        border = 2 * self.overlap
+        part = tile[0] - border, tile[1] - border
+        rows, columns = self._grid(height - border, width - border, part)
+        return Layout(
+            rows * part[0] + border, columns * part[1] + border, rows, columns, overview="first", overlap=self.overlap
+        )
+
+    def _grid(self, height: int, width: int, part: tuple[int, int]) -> tuple[int, int]:
+        if height <= part[0] or width <= part[1]:
+            return 1, 1
+        least = math.ceil(height / part[0]), math.ceil(width / part[1])  # nothing is made smaller
+        if math.prod(least) > self.most:
+            shrink = math.sqrt(self.most / math.prod(least))
+            return max(1, math.floor(least[0] * shrink)), max(1, math.floor(least[1] * shrink))
+        rows = max(math.floor(math.sqrt(self.most * height / width)), least[0])
+        columns = max(math.floor(math.sqrt(self.most * width / height)), least[1])
+        if rows * columns > self.most:
+            rows, columns = (rows, self.most // rows) if columns > rows else (self.most // columns, columns)
+        return max(1, rows), max(1, columns)
+
+
+Tiling = AnyRes | DynamicTiles | SmartResize | OverlappingTiles
 
 
 def cut(pixels: np.ndarray, layout: Layout, tile: tuple[int, int]) -> np.ndarray:
@@ -138,6 +176,10 @@ def cut(pixels: np.ndarray, layout: Layout, tile: tuple[int, int]) -> np.ndarray
     uint8 [layout.height, layout.width, 3] -> uint8 [layout.rows * layout.columns, *tile, 3]
     """
     (height, width), block = tile, layout.block
+    if layout.overlap:
+        steps = height - 2 * layout.overlap, width - 2 * layout.overlap
+        corners = [(row * steps[0], column * steps[1]) for row in range(layout.rows) for column in range(layout.columns)]
+        return np.stack([pixels[top : top + height, left : left + width] for top, left in corners])
     missing = layout.rows * height - pixels.shape[0], layout.columns * width - pixels.shape[1]
     if any(missing):
         pixels = np.pad(pixels, [*((n // 2, n - n // 2) for n in missing), (0, 0)])

@@ -17,7 +17,7 @@ from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, prefixed, rule, same, transposed
 from mmjax.models import connectors, multimodal
 from mmjax.models.config import MaskKind, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, Stitching
 
 
 def _read(config: Config, where: str) -> ModelConfig:
@@ -26,7 +26,8 @@ def _read(config: Config, where: str) -> ModelConfig:
     connector, features = fields.part("connector", ""), fields.part("features", "")
     del connector["model_type"], features["model_type"]
     try:
-        spec = FeatureSpec(**{**features, "layers": tuple(features["layers"])})
+        stitching = Stitching(**features["stitching"]) if features.get("stitching") else None
+        spec = FeatureSpec(**{**features, "layers": tuple(features["layers"]), "stitching": stitching})
         shape = ConnectorConfig(**connector)
     except (TypeError, KeyError) as error:
         raise UserError(f"{where}: the connector or its features are not described as they must be: {error}") from error
@@ -84,12 +85,7 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
     if config.resamples:
         return _perceiver_rules(config)
-    centred = config.norm == "layer"
-    table = norm("connector.input_norm", "connector/input_norm", centred) if config.input_norm else []
-    if config.output_norm:
-        table += norm("connector.output_norm", "connector/output_norm", centred)
-    if config.frames:
-        table.append(rule("connector.frame_embeddings", "connector/frame_embeddings"))
+    table = norm("connector.input_norm", "connector/input_norm") if config.input_norm else []
     if config.newline:
         table.append(rule("connector.newline", "connector/newline"))
     if config.kind == "residual_mlp":

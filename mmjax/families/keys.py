@@ -64,6 +64,20 @@ def patches(channels: int) -> Form:
     )
 
 
+def flat_patches(channels: int) -> Form:
+    """A Linear over square patches whose pixels are laid out (channel, row, column): [out, channels * p * p]; ours
+    [(row, column, channel), out]."""
+    square = patches(channels)
+
+    def whole(a: np.ndarray) -> np.ndarray:
+        side = round((a.shape[1] // channels) ** 0.5)
+        return a.reshape(len(a), channels, side, side)
+
+    return Form(
+        lambda s: (s[1], s[0]), lambda a: square.ours(whole(a)), lambda a: square.foreign(a).reshape(a.shape[1], -1)
+    )
+
+
 def leading(ones: int) -> Form:
     """The same behind so many axes of size 1."""
     return Form(

@@ -21,9 +21,10 @@ from mmjax.models.encoder_config import (
     ViTConfig,
 )
 
-MaskKind = Literal["causal", "prefix", "media"]
+MaskKind = Literal["causal", "prefix", "media", "opening"]
 """What a model's texts see: what stands before; also the whole prompt each other (prefix-LM: PaliGemma, arXiv 2407.07726); also the
-tokens of an image each other (Gemma 3, arXiv 2503.19786; GIT, arXiv 2205.14100). See mmjax.spans."""
+tokens of an image each other (Gemma 3, arXiv 2503.19786; GIT, arXiv 2205.14100); also a text's first image and what stands in front
+of it each other (moondream 2). See mmjax.spans."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,7 @@ class ModelConfig:
 
     def for_pictures(self, height: int, width: int) -> ModelConfig:
         """The same with a connector for what the encoder makes of pictures of this height and width."""
-        if self.connector is None or not isinstance(self.vision, ViTConfig):
+        if self.connector is None or not isinstance(self.vision, ViTConfig) or self.features.pooled:
             return self
         patches = (height // self.vision.patch_size) * (width // self.vision.patch_size)
         positions = self.features.positions(self.vision) - self.vision.positions + patches

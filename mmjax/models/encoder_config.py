@@ -6,7 +6,20 @@ import dataclasses
 import math
 from typing import Literal, Union
 
-from mmjax.models.block_config import Activation, BlockConfig, NormKind
+from mmjax.models.block_config import Activation, BlockConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Stitching:
+    """The tiles of a picture's grid put together into one map, at the size of one tile's (see mmjax.models.stitching).
+
+    resize    of that map: "area" (the mean of equal parts, overlapping where they do not fit, as torch's adaptive average pooling),
+              or "bilinear" (between the two nearest positions, without smoothing)
+    overlap   how many positions a tile reaches beyond its own part of the picture, on each side
+    """
+
+    resize: Literal["area", "bilinear"] = "area"
+    overlap: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,19 +28,33 @@ class FeatureSpec:
 
     `layer` counts as transformers' hidden_states do: 0 is the embedding output, -1 the output of the last block,
     -2 the input of the last block. Several layers are concatenated on channels.
+    `pooled`: what the encoder itself makes of all its states, one vector, in place of them. `stitching`: a picture is an overview
+    and a grid of tiles, whose maps are joined on channels.
     """
 
     layers: tuple[int, ...] = (-1,)
     keep_class_token: bool = False
     post_norm: bool = False
     keep_registers: bool = False
+    pooled: bool = False
+    stitching: Stitching | None = None
 
     def positions(self, encoder: EncoderConfig) -> int:
         """Number of positions that the connector reads."""
+        if self.pooled:
+            return 1
         kept = 0
         if isinstance(encoder, ViTConfig):
             kept = (self.keep_class_token and encoder.class_token) + self.keep_registers * encoder.registers
         return encoder.positions + kept
+
+    def tile_width(self, encoder: EncoderConfig) -> int:
+        """Channels of a tile's features."""
+        return encoder.feature_width * len(self.layers)
+
+    def width(self, encoder: EncoderConfig) -> int:
+        """Channels that the connector reads."""
+        return self.tile_width(encoder) * (2 if self.stitching else 1)
 
 
 Interpolation = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
@@ -174,14 +201,11 @@ class ConnectorConfig:
                   (Flamingo, AnyMAL; see mmjax.models.perceiver)
       identity    nothing
 
-    input_norm     a norm in front of the parameters (VILA, AnyMAL, Gemma 3); a perceiver has its own
-    output_norm    a norm behind them (GIT)
-    norm, norm_eps   of these two
+    input_norm     a layer norm in front of the parameters (VILA, AnyMAL); a perceiver has its own
     squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
     token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
     heads, head_dim   of a perceiver; head_dim 0 = hidden_width / heads
-    frames         embeddings of a video's frames: a perceiver's own, else added to the features of each frame (GIT); 0 = none
-    media          a perceiver's embeddings of a text's media; 0 = none
+    frames, media  rows of a perceiver's embeddings of a video's frames, and of a text's media; 0 = none
     merge          how the tokens of a picture's tiles become those of the picture (see mmjax.data.picture_tokens)
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
@@ -199,9 +223,6 @@ class ConnectorConfig:
     pooled_tokens: int = 1
     grid: int = 0
     input_norm: bool = False
-    output_norm: bool = False
-    norm: NormKind = "layer"
-    norm_eps: float = 1e-5
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
     latents: int = 64

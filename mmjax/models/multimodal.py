@@ -15,6 +15,7 @@ from mmjax.models import connectors, decoder, encoder_decoder, mobilenet_v2, tex
 from mmjax.models.attention import Mask
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
+from mmjax.models.stitching import stitch
 
 Params = dict[str, Any]
 
@@ -61,7 +62,8 @@ def vision_features(params: Params, config: ModelConfig, images: jax.Array, run:
 
 
 def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array | None:
-    """The media tokens of a batch, [groups, tiles, tokens, LLM width]; None for a batch without media."""
+    """The media tokens of a batch, [groups, tiles (or pictures whose tiles are stitched), tokens, LLM width]; None for a batch without
+    media."""
     if batch.features is not None:
         features = batch.features.astype(run.dtype)
     elif batch.images is not None:
@@ -71,8 +73,8 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         return None
     if config.connector is None:
         raise ValueError("this model has no connector: it cannot read images")
-    if batch.frames is not None:
-        features = connectors.with_frames(params["connector"], config.connector, features, batch.frames)
+    if config.features.stitching is not None:
+        features = stitch(config.features.stitching, features, batch.grids)
     return connectors.connect(params["connector"], config.connector, features.astype(run.dtype), config.adapters, run)
 
 

@@ -112,8 +112,11 @@ def features(
     """
     if any(not -config.layers - 1 <= layer <= config.layers for layer in spec.layers):
         raise ValueError(f"feature layers {spec.layers} of an encoder with {config.layers} blocks")
-    wanted = [layer % (config.layers + 1) for layer in spec.layers]
     x = embed(params, config, pictures, run)
+    if spec.pooled:
+        last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, adapters)
+        return pooled(params, config, last, pictures)[:, None]
+    wanted = [layer % (config.layers + 1) for layer in spec.layers]
     last, states = x, None
     if max(wanted):
         last, states = _run_blocks(params, config, x, pictures, max(wanted), len(wanted) > 1, run, adapters)

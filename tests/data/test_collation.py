@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,19 @@ def test_what_does_not_fit_is_an_error_that_names_the_sample():
         collate([[example("b", "##B", picture(1, 2))]], tiles=1)
     with pytest.raises(ValueError, match="3 rows cannot be shared by 2 groups"):
         collate([[]] * 3, groups=2)
+
+
+def test_stitched_pictures_count_media_by_picture_and_tiles_by_tile():
+    def stitched(id, layout, *grids):
+        one = example(id, layout)
+        tiles = tuple(1 + rows * columns for rows, columns in grids)
+        pixels = np.zeros((sum(tiles), 2, 2, 3), np.uint8)
+        return dataclasses.replace(
+            one, images=({"path": id},) * len(grids), pixels=pixels, tiles=tiles, tile_tokens=2, grids=grids
+        )
+
+    rows = [[stitched("a", "##A##B", (1, 2), (2, 2))], [stitched("b", "##C", (1, 1)), stitched("c", "cD")]]
+    batch = collate(rows, length=6, tiles=12, stitched=True)
+    assert batch.media.tolist() == [[0, 1, -1, 2, 3, -1], [4, 5, -1, -1, -1, -1]]
+    assert batch.grids.tolist() == [[[0, 1, 2], [3, 2, 2], [8, 1, 1], [0, 0, 0], [0, 0, 0], [0, 0, 0]]]
+    assert batch.tiles.tolist() == [[True] * 10 + [False] * 2]

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from mmjax.data.images import ImageProcessor, decode, size_of
-from mmjax.data.tiling import AnyRes, DynamicTiles, Layout, SmartResize, cut, patch_rows, unpadded
+from mmjax.data.tiling import AnyRes, DynamicTiles, Layout, OverlappingTiles, SmartResize, cut, patch_rows, unpadded
 from mmjax.errors import UserError
 from tests.data.pictures import encoded, gradient
 
@@ -157,3 +157,27 @@ def test_the_size_is_that_of_the_picture_turned_upright(format):
 def test_the_size_needs_no_decoding():
     whole = encoded(gradient(500, 300), "JPEG")
     assert size_of(whole[: len(whole) // 2]) == (300, 500)
+
+
+@pytest.mark.parametrize(
+    "size, grid",
+    [
+        ((400, 800), (2, 5)),
+        ((100, 900), (1, 1)),
+        ((378, 378), (1, 1)),
+        ((600, 600), (3, 3)),
+        ((3000, 900), (6, 1)),
+        ((560, 1600), (2, 6)),
+        ((560, 2000), (1, 6)),
+    ],
+)
+def test_overlapping_tiles_share_their_borders(size, grid):
+    """moondream 2's choice of a grid, and that a tile holds what its neighbours show beyond their own part."""
+    layout = OverlappingTiles().layout(*size, (378, 378))
+    assert (layout.rows, layout.columns) == grid and layout.tiles == grid[0] * grid[1] + 1
+    assert (layout.height, layout.width) == tuple(266 * n + 112 for n in grid)
+    pixels = np.random.default_rng(0).integers(0, 255, (layout.height, layout.width, 3)).astype(np.uint8)
+    tiles = cut(pixels, layout, (378, 378))
+    assert tiles.shape == (grid[0] * grid[1], 378, 378, 3)
+    for column in range(1, grid[1]):
+        np.testing.assert_array_equal(tiles[column - 1][:, -112:], tiles[column][:, :112])

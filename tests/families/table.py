@@ -28,13 +28,18 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
     "test_mobilenet_v2": ("features and classes, files both ways", {"mobilenet_v2"}),
     "test_llava_next": ("logits, loss, greedy tokens, files both ways", {"llava_next", "internvl"}),
     "test_llava": ("logits, loss, greedy tokens, files both ways", {"llava"}),
-    "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma", "git"}),
+    "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma"}),
     "test_golden": (
         "logits and greedy tokens recorded from LLaVA's own code around a Llama",
         {"llava_llama", "llava", "llava_mistral", "llava_qwen"},
     ),
     "test_vila": ("logits and greedy tokens around transformers' parts, folders both ways; recorded ones of VILA's code", {"vila"}),
-    "test_any_language_model": ("what is written is read back with equal logits", {"mmjax", "git_text"}),
+    "test_doubutsu": (
+        "logits and greedy tokens around transformers' parts, files both ways; recorded ones of doubutsu's code",
+        {"doubutsu", "doubutsu_next", "doubutsu_pooled"},
+    ),
+    "test_moondream": ("logits and greedy tokens recorded from moondream's own code, files both ways", {"moondream"}),
+    "test_any_language_model": ("what is written is read back with equal logits", {"mmjax"}),
 }
 
 
