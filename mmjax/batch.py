@@ -30,6 +30,7 @@ class Batch:
     images      uint8 [groups, tiles, height, width, channels]   pixels; the model normalises
     features    float [groups, tiles, positions, width]          cached encoder features in place of `images`
     tiles       bool [groups, tiles]   which tiles are real; the others are dummies that no row points at
+    frames      int32 [groups, tiles]  which frame of its video each tile is, from 0; -1 = a picture; None = there is no video
     grids       int32 [groups, pictures, 3]   of pictures whose tiles are stitched: the overview's tile in the group, rows and columns of
                 the tiles behind it; 0 rows = the overview alone. `media` then counts picture after picture
     classes     int32 [groups, tiles]  class of each tile (classification objective), -1 = none
@@ -47,5 +48,6 @@ class Batch:
     images: Any = None
     features: Any = None
     tiles: Any = None
+    frames: Any = None
     grids: Any = None
     classes: Any = None

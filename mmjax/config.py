@@ -87,6 +87,9 @@ class Connector:
     grid: int = 0
     bias: bool = True
     input_norm: bool = False
+    output_norm: bool = False
+    norm: Literal["layer", "rms", "rms_plus_one"] = "layer"
+    norm_eps: float = 1e-5
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
     latents: int = 64

@@ -149,6 +149,8 @@ def _connector(connector: Connector) -> Iterator[str]:
         yield f"model.connector.depth is {connector.depth}, and kind={kind!r} says how deep it is; leave out one of the two."
     if connector.input_norm and kind in PERCEIVERS:
         yield f"model.connector.input_norm: kind={kind!r} has a norm of what it reads in each of its layers."
+    if connector.output_norm and kind in (*PERCEIVERS, "residual_mlp"):
+        yield f"model.connector.output_norm: kind={kind!r} has norms of its own."
     if connector.squeeze_width and kind not in MLPS and not named:
         yield f"model.connector.squeeze_width is a layer of an MLP ({', '.join(MLPS)}), which kind={kind!r} has not."
 

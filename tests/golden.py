@@ -112,6 +112,8 @@ def _apart(found: np.ndarray, wanted: np.ndarray, name: str, inputs: Arrays, ref
         return float(np.abs(found.astype(np.int64) - wanted).max(initial=0)), 0.0
     difference = np.abs(found.astype(np.float64) - wanted.astype(np.float64))
     mask = reference.get("spliced_attention_mask", inputs.get("attention_mask"))
+    if mask is not None and "num_image_positions" in reference:  # rows begin with an image that has no placeholders
+        mask = np.pad(mask, ((0, 0), (int(reference["num_image_positions"]), 0)), constant_values=1)
     if mask is not None and difference.shape[:2] == mask.shape:
         difference = np.where(mask.reshape(*mask.shape, *[1] * (difference.ndim - 2)) != 0, difference, 0)
     largest = float(difference.max(initial=0))

@@ -47,6 +47,8 @@ class Layout:
     drop_single   share of the documents with one image that is left out, drawn by their ids (OpenFlamingo: 0.5)
     place         each image "before" its text or "after" it, or all images "first" (VILA's comparison, which loses in-context learning)
     labels        "all" text, that "after_image" (after the first one), or only that "matched" with an image
+    next_image    share of the documents, drawn by their ids, in which a text belongs to the image behind it: each image moves before the
+                  text that it follows (Flamingo's placement augmentation: 0.5; for pages whose text is not matched with images)
     joint         between two texts; nothing stands between text and image
     lead          texts before the first image that are kept; -1 = all
     window        characters after which a long document becomes another sample; 0 = one sample, cut where the row ends
@@ -57,6 +59,7 @@ class Layout:
     drop_single: float = 0.0
     place: Place = "before"
     labels: Labels = "all"
+    next_image: float = 0.0
     joint: str = " "
     lead: int = -1
     window: int = 0
@@ -73,6 +76,8 @@ class Layout:
             raise BadSample(id, f"{LEFT_OUT}it has {shown} images, fewer than min_images = {self.min_images}")
         if shown == 1 and _share(id, "drop_single") < self.drop_single:
             raise BadSample(id, f"{LEFT_OUT}it has one image (drop_single = {self.drop_single:g})")
+        if _share(id, "next_image") < self.next_image:
+            pieces = _before_their_texts(pieces)
         units = self._led(_units(pieces))
         parts = self._windows(units) if self.window else [self._limited(units)]
         contents = [content for part in parts if (content := self._content(part))]
@@ -286,6 +291,20 @@ class Documents:
 def clean(text: str) -> str:
     """Text of a document: a literal <image> in it must not be taken for a picture."""
     return text.replace(PLACEHOLDER, PLACEHOLDER.upper()).strip()
+
+
+def _before_their_texts(pieces: Sequence[Piece]) -> list[Piece]:
+    """The pieces with the images between two texts moved before the first of the two, which belongs to them then."""
+    moved: list[Piece] = []
+    text: Piece | None = None
+    behind: list[Piece] = []  # images behind `text`
+    for piece in [*pieces, None]:
+        if piece is not None and piece.image is not None:
+            behind.append(piece)
+            continue
+        moved += [*behind, *([dataclasses.replace(text, matched=bool(behind))] if text else [])]
+        text, behind = piece, []
+    return moved
 
 
 def _units(pieces: Sequence[Piece]) -> list[list[Piece]]:

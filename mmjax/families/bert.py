@@ -167,7 +167,7 @@ def _batch(config: ModelConfig, inputs: Inputs) -> Batch:
         if value is not None and value.shape != ids.shape:
             raise UserError(f"{name} {list(value.shape)} and input_ids {list(ids.shape)} differ in shape")
     shifted = config.language.causal
-    return Batch(batch.tokens, batch.segments, batch.positions, batch.media, **language.targets(labels, shifted))
+    return Batch(batch.tokens, batch.segments, batch.positions, media=batch.media, **language.targets(labels, shifted))
 
 
 def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:

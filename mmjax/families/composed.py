@@ -85,7 +85,12 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
     if config.resamples:
         return _perceiver_rules(config)
-    table = norm("connector.input_norm", "connector/input_norm") if config.input_norm else []
+    centred = config.norm == "layer"
+    table = norm("connector.input_norm", "connector/input_norm", centred) if config.input_norm else []
+    if config.output_norm:
+        table += norm("connector.output_norm", "connector/output_norm", centred)
+    if config.frames:
+        table.append(rule("connector.frame_embeddings", "connector/frame_embeddings"))
     if config.newline:
         table.append(rule("connector.newline", "connector/newline"))
     if config.kind == "residual_mlp":

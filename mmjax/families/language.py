@@ -22,6 +22,7 @@ from mmjax.models import decoder, multimodal, vit
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.models.experts import balance_loss
+from mmjax.spans import spans_of
 from mmjax.tree import Params
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "labels")
@@ -50,7 +51,7 @@ def prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
 
 
 def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = None) -> Batch:
-    """The batch of foreign inputs; every `placeholder` among the ids takes one media token, in order."""
+    """The batch of foreign inputs under the model's mask; every `placeholder` among the ids takes one media token, in order."""
     if "input_ids" not in inputs:
         raise UserError("input_ids are missing")
     ids = inputs["input_ids"]
@@ -66,16 +67,20 @@ def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = No
     if outside.any():
         r, t = np.argwhere(outside)[0]
         raise UserError(f"input_ids[{r}, {t}] = {ids[r, t]} is outside the vocabulary of {config.llm.vocab_size}")
-    counted = np.where(mask, np.cumsum(mask, 1) - 1, 0)
+    counts = mask & ~is_media if config.llm.media_as_they_are else mask
+    counted = np.where(counts, np.cumsum(counts, 1) - 1, 0)
     positions = inputs.get("position_ids", counted)
     decoder.require_positions(config.llm, int(positions.max(initial=0)) + 1)
     media = np.where(is_media, np.cumsum(is_media).reshape(ids.shape) - 1, -1)
+    wanted = targets(inputs.get("labels"))
+    supervised = wanted["weights"] > 0 if wanted else np.zeros(ids.shape, bool)
     return Batch(
         tokens=np.where(mask & ~is_media, ids, 0).astype(np.int32),
         segments=mask.astype(np.int32),
         positions=positions.astype(np.int32),
+        spans=spans_of(config.mask, mask.astype(np.int32), is_media & mask, supervised),
         media=media.astype(np.int32),
-        **targets(inputs.get("labels")),
+        **wanted,
     )
 
 
@@ -114,7 +119,9 @@ def run_language(
         names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
         found.update(zip(names, features))
         batch = dataclasses.replace(batch, images=None, features=connected[None])
-        found["connector_output"] = multimodal.encode_media(params, config, batch, run)[0]  # type: ignore[index]
+        media = multimodal.encode_media(params, config, batch, run)
+        assert media is not None
+        found["connector_output"] = media[0]
     assert config.llm is not None
     reading = multimodal.read(params, config, batch, run)
     decoded = multimodal.decode_reading(params, config, reading, run, return_states=states)

@@ -97,7 +97,7 @@ def expressible(config: ModelConfig, text: Config, image: Config, merge: Merge =
         return "it needs a language model, a vision transformer and a connector"
     if config.mask != "causal":
         return f"its mask is causal, not {config.mask!r}"
-    if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width) or c.grid or c.input_norm or c.squeeze_width:
+    if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width) or c.grid or _normed(c):
         return "its connector is a two-layer MLP as wide as the language model, over every position"
     if image["model_type"] not in FIXED_SIZE + ANY_SIZE:
         return f"transformers has no llava around a {image['model_type']}"
@@ -108,6 +108,10 @@ def expressible(config: ModelConfig, text: Config, image: Config, merge: Merge =
     if config.features.post_norm:
         return "its connector reads the encoder's states before the last norm"
     return unsuited(config.llm, text)
+
+
+def _normed(connector: ConnectorConfig) -> bool:
+    return connector.input_norm or connector.output_norm or bool(connector.squeeze_width or connector.frames)
 
 
 def unsuited(llm: DecoderConfig, text: Config) -> str:

@@ -134,7 +134,9 @@ def expressible(config: ModelConfig, cut: Tiling | None = None) -> str:
         or c.activation != "gelu"
         or c.grid
         or c.input_norm
+        or c.output_norm
         or c.squeeze_width
+        or c.frames
     ):
         return "its connector is linear, the identity or mlpNx_gelu, as wide as the language model and with biases"
     if config.vision.registers and not config.features.keep_registers:

@@ -114,8 +114,7 @@ def _batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
         raise UserError(f"token_type_ids {list(kinds.shape)} and input_ids {list(inputs['input_ids'].shape)} differ in shape")
     found = llava.batch(config, {"image_token_index": placeholder(foreign)}, given)
     segments = np.asarray(found.segments)
-    spans = segments if kinds is None else np.where(kinds == 0, segments, 0)
-    return dataclasses.replace(found, spans=spans.astype(np.int32))
+    return dataclasses.replace(found, spans=segments if kinds is None else np.where(kinds == 0, segments, 0).astype(np.int32))
 
 
 def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:

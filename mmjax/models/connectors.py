@@ -21,7 +21,7 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     """Fresh parameters as the published connectors have them: weights and biases U(-1/sqrt(in), 1/sqrt(in)).
 
     Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver.
-    A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is.
+    A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is; embeddings of frames are 0, as GIT's are.
     """
     params: Params = {}
     if config.newline:
@@ -29,7 +29,7 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     if config.resamples:
         return {**params, **perceiver.init(key, config)}
     if config.input_norm:
-        params["input_norm"] = _norm_of(grouped_width(config))
+        params["input_norm"] = _norm(config).init(key, jnp.zeros((1, grouped_width(config))))["params"]
     if config.kind == "residual_mlp":
         keys = jax.random.split(key, 2)
         wide, narrow = jnp.zeros((1, config.in_width)), jnp.zeros((1, config.out_width))
@@ -47,6 +47,10 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
             params[f"layers_{i}"]["bias"] = jax.random.uniform(bias, (outputs,), minval=-bound, maxval=bound)
     if config.squeeze_width:
         params["squeeze_norm"] = _norm_of(config.squeeze_width)
+    if config.output_norm:
+        params["output_norm"] = _norm(config).init(key, jnp.zeros((1, config.out_width)))["params"]
+    if config.frames:
+        params["frame_embeddings"] = jnp.zeros((config.frames, config.in_width))
     return params
 
 
@@ -68,7 +72,7 @@ def connect(
         return perceiver.resample(params, config, features[..., None, None, :, :], None, adapters, run)[..., 0, :, :]
     x = group(config, features)
     if config.input_norm:
-        x = apply(Norm("layer", 1e-5), params["input_norm"], x)
+        x = apply(_norm(config), params["input_norm"], x)
     if config.kind == "residual_mlp":
         x = apply(_mlp(config, adapters), params["first"], x)
         x = apply(Norm("layer", 1e-5), params["norm"], x)
@@ -84,7 +88,16 @@ def connect(
             x = apply(Norm("layer", 1e-5), params["squeeze_norm"], x)
     if config.kind == "pooled_mlp":
         x = x.reshape(*x.shape[:-1], config.pooled_tokens, config.out_width)
-    return x
+    return apply(_norm(config), params["output_norm"], x) if config.output_norm else x
+
+
+def with_frames(params: Params, config: ConnectorConfig, features: jax.Array, frames: jax.Array) -> jax.Array:
+    """Features [groups, tiles, positions, in_width] with what tells a video's frames apart; frames: int [groups, tiles] from 0, -1 where
+    a tile is a picture. Raises ValueError where the connector knows no frames."""
+    if not config.frames or config.resamples:
+        raise ValueError("this connector has no embeddings of frames: it cannot read videos")
+    rows = params["frame_embeddings"].astype(features.dtype)[jnp.maximum(frames, 0)]
+    return features + jnp.where(frames[..., None] >= 0, rows, 0)[..., None, :]
 
 
 def pool(config: ConnectorConfig, features: jax.Array) -> jax.Array:
@@ -141,6 +154,10 @@ def widths(config: ConnectorConfig) -> list[tuple[int, int]]:
     squeezed = [config.squeeze_width] * bool(config.squeeze_width)
     ends = [grouped_width(config)] + squeezed + [config.inner_width] * (depth - 1) + [outputs]
     return list(zip(ends[:-1], ends[1:], strict=True)) if depth else []
+
+
+def _norm(config: ConnectorConfig) -> Norm:
+    return Norm(config.norm, config.norm_eps)
 
 
 def _norm_of(width: int) -> Params:

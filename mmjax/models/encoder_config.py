@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Literal, Union
 
-from mmjax.models.block_config import Activation, BlockConfig
+from mmjax.models.block_config import Activation, BlockConfig, NormKind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,11 +201,14 @@ class ConnectorConfig:
                   (Flamingo, AnyMAL; see mmjax.models.perceiver)
       identity    nothing
 
-    input_norm     a layer norm in front of the parameters (VILA, AnyMAL); a perceiver has its own
+    input_norm     a norm in front of the parameters (VILA, AnyMAL, Gemma 3); a perceiver has its own
+    output_norm    a norm behind them (GIT)
+    norm, norm_eps   of these two
     squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
     token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
     heads, head_dim   of a perceiver; head_dim 0 = hidden_width / heads
-    frames, media  rows of a perceiver's embeddings of a video's frames, and of a text's media; 0 = none
+    frames         embeddings of a video's frames: a perceiver's own, else added to the features of each frame (GIT); 0 = none
+    media          a perceiver's embeddings of a text's media; 0 = none
     merge          how the tokens of a picture's tiles become those of the picture (see mmjax.data.picture_tokens)
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
@@ -223,6 +226,9 @@ class ConnectorConfig:
     pooled_tokens: int = 1
     grid: int = 0
     input_norm: bool = False
+    output_norm: bool = False
+    norm: NormKind = "layer"
+    norm_eps: float = 1e-5
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
     latents: int = 64

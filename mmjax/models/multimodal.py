@@ -73,6 +73,8 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         return None
     if config.connector is None:
         raise ValueError("this model has no connector: it cannot read images")
+    if batch.frames is not None:
+        features = connectors.with_frames(params["connector"], config.connector, features, batch.frames)
     if config.features.stitching is not None:
         features = stitch(config.features.stitching, features, batch.grids)
     return connectors.connect(params["connector"], config.connector, features.astype(run.dtype), config.adapters, run)

@@ -106,6 +106,16 @@ def test_obelics_has_one_of_two_at_each_place():
             obelics_pieces(broken, "d")
 
 
+def test_text_may_belong_to_the_image_behind_it():
+    row = {"images": ["a", None, "b", "c", None, None, "d"], "texts": [None, "x", None, None, "y", "z", None]}
+
+    def written(share, labels="all"):
+        return [shown(m) for m in Layout(next_image=share, labels=labels).messages(obelics_pieces(row, "d"), "d")]
+
+    assert written(0.0) == ["[a]x[b][c]y z"]
+    assert written(1.0) == ["[a][b][c]x y[d]z"] and written(1.0, "matched") == ["[a][b][c]x( y)[d]z"]
+
+
 def test_a_source_of_documents(tmp_path):
     rows = [{**mmc4(), "id": "first"}, {"text_list": 3}, mmc4()]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))

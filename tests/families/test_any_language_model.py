@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -11,8 +12,10 @@ import pytest
 import mmjax
 from mmjax import vocabulary
 from mmjax.assembly import assemble
-from mmjax.config import Image, Model, Part, Recipe
+from mmjax.config import Image, Model, Part, Recipe, Source, Stage
+from mmjax.errors import UserError
 from tests.families.test_language_zoo import FAMILIES, published
+from tests.models import tiny
 
 torch = pytest.importorskip("torch")
 
@@ -59,3 +62,35 @@ def test_in_a_multimodal_model(name, tmp_path):
             reference = theirs.eval()(**{key: torch.tensor(value) for key, value in inputs.items()}).logits.numpy()
         assert np.abs(found - reference).max() < 2e-5 * np.abs(reference).max()
     jax.clear_caches()
+
+
+@pytest.mark.parametrize(
+    "mask, llm",
+    [
+        ("prefix", {"model_type": "llama", "num_key_value_heads": 2}),
+        ("media", {"model_type": "git_text"}),
+    ],
+)
+def test_a_mask_goes_with_the_model(mask, llm, tmp_path):
+    """GIT's decoder counts the text alone, wherever the picture stands; transformers' llava has no such masks."""
+    shape = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    recipe = Recipe(model=Model(llm=Part(config={**llm, **shape}), vision=VISION, feature_layers=(-1,), template="plain", mask=mask))
+    recipe = dataclasses.replace(recipe, stages={"s": Stage(sources={"digits": Source("digits", options={"size": 4})})}, run=("s",))
+    model = assemble(recipe, tmp_path / "work")
+    config = model.config
+    model = dataclasses.replace(model, params=tiny.random_params(config))
+    with pytest.raises(UserError, match=f"its mask is causal, not '{mask}'"):
+        model.save_pretrained(tmp_path, layout="hf")
+    model.save_pretrained(tmp_path)
+    again = mmjax.load(tmp_path)
+    assert again.config.mask == mask
+    rng = np.random.default_rng(0)
+    ids = rng.integers(5, 60, (2, 9))
+    ids[:, 2:6] = again.foreign["image_token_index"]
+    inputs = {"input_ids": ids, "pixel_values": rng.standard_normal((2, 3, 28, 28)).astype(np.float32)}
+    found = np.asarray(again(inputs)["logits"])
+    changed = {**inputs, "input_ids": np.where(np.arange(9) == 8, 5, ids)}
+    moved = np.abs(np.asarray(again(changed)["logits"]) - found).max(-1) > 1e-5
+    assert moved[:, :8].all() == (mask == "prefix") == moved[:, :8].any()
+    answer = {**inputs, "labels": np.where(np.arange(9) >= 7, ids, -100)}
+    assert np.array_equal(np.asarray(again(answer)["logits"]), found) == (mask == "media")

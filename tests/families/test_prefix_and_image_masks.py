@@ -1,4 +1,5 @@
-"""PaliGemma (1 and 2), whose prompts are seen both ways, against transformers in both directions, every parameter drawn."""
+"""PaliGemma, whose prompts are seen both ways, and GIT, whose images are, against transformers in both directions, every parameter
+drawn."""
 
 from __future__ import annotations
 
@@ -37,6 +38,12 @@ TEXT = {
     "max_position_embeddings": 128,
 }
 
+GIT = {
+    **{name: TEXT[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+    "max_position_embeddings": 64,
+    "vision_config": {**TOWER, "image_size": SIDE, "patch_size": 28},
+}
+
 
 def paligemma(text, **settings):
     vision = hf.SiglipVisionConfig(**TOWER, image_size=SIDE, patch_size=28)
@@ -44,11 +51,17 @@ def paligemma(text, **settings):
     return hf.PaliGemmaForConditionalGeneration(config)
 
 
+def git(**settings):
+    return hf.GitForCausalLM(hf.GitConfig(**GIT, **settings))
+
+
 SYSTEMS = {
     "paligemma": lambda: paligemma(hf.GemmaConfig(**TEXT)),
     "paligemma 2, whose prompts are longer than its window": lambda: paligemma(
         hf.Gemma2Config(**TEXT, sliding_window=6, query_pre_attn_scalar=20), tie_word_embeddings=False
     ),
+    "git": lambda: git(),
+    "git, tied": lambda: git(tie_word_embeddings=True, hidden_act="relu"),
 }
 
 
@@ -86,6 +99,25 @@ def rows(images_per_row=(1, 0, 3, 2), answer: int = 3, seed: int = 0) -> dict[st
     }
 
 
+def captions(answer: int = 3, pictures: int = 4, seed: int = 1) -> dict[str, np.ndarray]:
+    """Rows of text behind an image, padded: with an answer on the right, without one on the left."""
+    rng = np.random.default_rng(seed)
+    lengths = np.array([7, 4, 2, 6])
+    mask = (np.arange(7) < lengths[:, None]).astype(int)
+    mask = mask if answer else mask[:, ::-1]
+    ids = np.where(mask == 1, rng.integers(3, 90, mask.shape), 0)
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ascontiguousarray(mask),
+        "labels": np.where(mask == 1, ids, -100),
+        "pixel_values": rng.standard_normal((pictures, 3, SIDE, SIDE)).astype(np.float32),
+    }
+
+
+def given_to(theirs, **settings):
+    return (captions if theirs.config.model_type == "git" else rows)(**settings)
+
+
 def torch_inputs(given):
     return {name: torch.tensor(value) for name, value in given.items()}
 
@@ -106,17 +138,19 @@ def pair(request, tmp_path_factory):
 
 def test_logits_and_loss_equal_transformers(pair):
     theirs, _, ours = pair
-    given = rows()
+    given = given_to(theirs)
     reference, found = run(theirs, given), ours(given)
-    real = given["attention_mask"] == 1
     wanted = reference.logits.numpy()
+    real = given["attention_mask"] == 1
+    front = wanted.shape[1] - real.shape[1]  # image tokens without placeholders
+    real = np.pad(real, ((0, 0), (front, 0)), constant_values=True)
     assert np.abs(np.asarray(found["logits"]) - wanted)[real].max() < 2e-5 * np.abs(wanted[real]).max()
     assert abs(float(found["loss"]) - float(reference.loss)) < 1e-5 * max(1, float(reference.loss))
 
 
 def test_greedy_ids_equal_transformers(pair):
     theirs, _, ours = pair
-    given = {name: value for name, value in rows(answer=0).items() if name != "labels"}
+    given = {name: value for name, value in given_to(theirs, answer=0).items() if name != "labels"}
     with torch.no_grad():
         wanted = theirs.generate(**torch_inputs(given), max_new_tokens=24, do_sample=False, eos_token_id=-1, pad_token_id=0)
     found = ours.generate(given, max_new_tokens=24, ignore_eos=True)
@@ -131,14 +165,19 @@ def test_written_model_is_bit_identical_in_transformers(pair, tmp_path):
     state = again.eval().state_dict()
     for name, value in theirs.state_dict().items():
         assert torch.equal(state[name], value), name
-    given = rows()
+    given = given_to(theirs)
     assert torch.equal(run(again, given).logits, run(theirs, given).logits)
 
 
 def test_names_in_memory_are_read_as_well(pair, tmp_path):
     """And published files' `vision_model.`, and copies of tied weights."""
     theirs, directory, ours = pair
-    named = {name.replace("vision_tower.", "vision_tower.vision_model."): t.clone() for name, t in theirs.state_dict().items()}
+    published = {"vision_tower.": "vision_tower.vision_model."}
+    named = {}
+    for name, tensor in theirs.state_dict().items():
+        for old, new in published.items():
+            name = name.replace(old, new)
+        named[name] = tensor.clone()
     safetensors_torch.save_file(named, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((directory / "config.json").read_text())
     same = tree.flatten(mmjax.load(tmp_path).params)
@@ -147,11 +186,13 @@ def test_names_in_memory_are_read_as_well(pair, tmp_path):
 
 
 def test_a_batch_equals_its_rows_alone(pair):
-    _, _, ours = pair
-    given = rows()
-    together, first = np.asarray(ours(given)["logits"]), given["attention_mask"][0].argmax()
-    alone = {name: value[:1] if name == "pixel_values" else value[:1, first:] for name, value in given.items()}
-    assert np.allclose(np.asarray(ours(alone)["logits"])[0], together[0, first:], rtol=1e-4, atol=1e-4)
+    theirs, _, ours = pair
+    given = given_to(theirs, answer=0)
+    first = given["attention_mask"][1].argmax()
+    images = slice(1, 2 if theirs.config.model_type == "git" else 1)
+    alone = {name: value[images] if name == "pixel_values" else value[1:2, first:] for name, value in given.items()}
+    both = [np.asarray(ours.generate(each, max_new_tokens=4, return_scores=True)[1]) for each in (given, alone)]
+    assert np.allclose(both[0][1], both[1][0], rtol=1e-4, atol=1e-4)
 
 
 def test_configs_are_read_as_they_were_written(pair):
@@ -174,3 +215,19 @@ def test_a_projection_of_another_width_is_named():
     config = json.loads(SYSTEMS["paligemma"]().config.to_json_string())
     with pytest.raises(UserError, match="projection_dim = 64"):
         find(config).read_config({**config, "projection_dim": 64}, "config.json")
+
+
+def test_git_reads_videos_by_either_name_of_their_embeddings(tmp_path):
+    theirs = randomised(git(num_image_with_embedding=3))
+    theirs.save_pretrained(tmp_path)
+    rng = np.random.default_rng(3)
+    given = {"input_ids": rng.integers(3, 90, (2, 4)), "pixel_values": rng.standard_normal((2, 3, 3, SIDE, SIDE)).astype(np.float32)}
+    wanted = run(theirs, given).logits.numpy()
+    assert np.allclose(mmjax.load(tmp_path)(given)["logits"], wanted, rtol=1e-4, atol=1e-4)
+    file = tmp_path / "model.safetensors"
+    tensors = {name.replace("img_temporal", "img_temperal"): t for name, t in safetensors_torch.load_file(file).items()}
+    safetensors_torch.save_file(tensors, file)
+    ours = mmjax.load(tmp_path)
+    assert np.allclose(ours(given)["logits"], wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="4 frames, but the model has embeddings of 3"):
+        ours({**given, "pixel_values": np.zeros((2, 4, 3, SIDE, SIDE), np.float32)})
