@@ -245,6 +245,9 @@ class Encoder:
         run: list[Segment] = []
         for segment in segments:
             if segment.image is None:
+                if self.template.apart and run and segment.supervised != run[-1].supervised:
+                    chunks.append(run)
+                    run = []
                 run.append(segment)
                 continue
             chunks += [[*run, Segment(self.image_start)], segment.image]

@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmjax.data import document_templates
+from mmjax.data import document_templates, qformer_templates
 from mmjax.data.messages import PLACEHOLDER, Message, images
 from mmjax.errors import UserError
 
@@ -41,6 +41,7 @@ class Template:
     adds_bos  the tokenizer's own start token goes before the text, unless the text begins with it
     special   the tokenizer's special tokens by name, which templates may write
     ends      special tokens after which the white space is not part of the answer
+    apart     what is supervised and what is not are tokenised each on its own
     """
 
     name: str
@@ -51,6 +52,7 @@ class Template:
     adds_bos: bool = True
     special: tuple[tuple[str, str], ...] = ()
     ends: tuple[str, ...] = ()
+    apart: bool = False
 
     def segments(self, messages: Sequence[Message], generation_prompt: bool = False) -> list[Segment]:
         """The conversation, ready to be tokenised (`messages` are validated).
@@ -169,12 +171,17 @@ def get(name: str, tokenizer: PreTrainedTokenizerBase | None = None, system: str
                 f"the template {name!r} does not fit the tokenizer: {marker!r} is not one of its tokens; choose another of "
                 f"{', '.join(NAMES)}"
             )
-    ending = tokenizer.eos_token if tokenizer is not None and "eos_token" in body else None
+    adds_bos, special = "bos_token" not in body, {}
+    if tokenizer is not None:
+        special = {"eos_token": tokenizer.eos_token, "bos_token": tokenizer.bos_token}
+        body = body if starts_with_bos(tokenizer) else body.replace("{{ bos_token }}", "")
     return Template(
         name,
         _PREAMBLE.replace("DEFAULT", _literal(default if system is None else system)) + body,
         stops,
-        special=(("eos_token", ending),) if ending else (),
+        adds_bos=adds_bos,
+        special=tuple((token, text) for token, text in special.items() if text and token in body),
+        apart=name in qformer_templates.APART,
     )
 
 
@@ -358,5 +365,6 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "chatml_direct": (_CHATML, "Answer the questions.", ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
     **document_templates.NAMED,
+    **qformer_templates.NAMED,
 }
 NAMES = tuple(_NAMED)

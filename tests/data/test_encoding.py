@@ -38,6 +38,23 @@ def test_labels_equal_llavas(case, goldens):
         np.testing.assert_array_equal(example.labels, reference[f"labels_{number}"])
 
 
+@pytest.mark.parametrize(
+    ("case", "template"), [("qformer_stage2_prompt_two_rows", "minigpt4"), ("llama2_concat4_no_qformer", "minigpt4_llama_2")]
+)
+def test_labels_equal_minigpt4s(case, template, goldens):
+    folder = goldens / "minigpt4" / case
+    asked = json.loads((folder / "config.json").read_text())["samples"]
+    reference = np.load(folder / "outputs.npz")
+    tokenizer = AutoTokenizer.from_pretrained(folder.parent / "tokenizer_llama")
+    encoder = Encoder(tokenizer, templates.get(template, tokenizer), tokens_per_image=4)
+    for number, (prompt, answer) in enumerate(zip(asked["instruction_input"], asked["answer"])):
+        words = prompt.partition("</Img> ")[2].removesuffix(" ###Assistant: ").removesuffix(" [/INST] ")
+        example = encoder.encode(sample(f"<image>{words}", answer, images=["x"]))
+        labels = reference["labels"][number]
+        at = np.flatnonzero(labels >= 0)
+        np.testing.assert_array_equal(example.labels, labels[: at[-1] + 1])
+
+
 def test_where_the_reference_drifts_the_clean_rule_holds(goldens):
     """The ids of LLaVA's quirk cases are ours; of the labels, every supervised run is an answer with its end."""
     folder = goldens / "label_mask/v0_bos_tokenizer_drift_quirk"

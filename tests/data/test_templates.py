@@ -64,6 +64,11 @@ def supervised(template, messages):
          f"<|im_start|>system\n{MPT}<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"),
         ("moondream", "<image>\n\nQuestion: What is it?\n\nAnswer: A cat.<END>\n\nQuestion: Sure?\n\nAnswer: Yes.<END>",
          [" A cat.<END>", " Yes.<END>"], "Question: Q\n\nAnswer:"),
+        ("blip2", "<image>What is it? A cat.\n Sure? Yes.\n", [" A cat.\n", " Yes.\n"], "Q"),
+        ("blip2_vqa", "<image>Question: What is it? Answer: A cat.\n Question: Sure? Answer: Yes.\n", [" A cat.\n", " Yes.\n"],
+         "Question: Q Answer:"),
+        ("minigpt4", "###Human: <Img><image></Img> What is it? ###Assistant: A cat.###Human: Sure? ###Assistant: Yes.###",
+         ["A cat.###", "Yes.###"], "###Human: Q ###Assistant: "),
     ],
 )  # fmt: skip
 def test_named_templates_write_the_published_text(name, text, answers, prompt):
