@@ -18,6 +18,7 @@ from mmjax.data.images import ImageProcessor, size_of
 from mmjax.data.messages import Message, Sample, validated
 from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.templates import Template
+from mmjax.data.text_beside import TextBeside
 from mmjax.errors import UserError
 from mmjax.families.family import Config, Family
 from mmjax.inference.generate import Ended
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 class Model:
     """family, foreign   the published family and its config.json
     run               how it is executed; run.dtype is that of activations
+    connector_tokenizer   of the text that a Q-Former reads in its own vocabulary; connector_text: tokens of what the user says that
+                      it reads beside a picture, 0 = none
     generation        the directory's generation_config.json: ids that begin and end a text
     bases             published weights under it: reference -> fingerprint
     own               paths of leaves that came from no published weights
@@ -51,6 +54,8 @@ class Model:
     image_processor: ImageProcessor | None = None
     image_start: str = ""
     image_end: str = ""
+    connector_tokenizer: PreTrainedTokenizerBase | None = None
+    connector_text: int = 0
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own: frozenset[str] = frozenset()
@@ -140,8 +145,22 @@ class Model:
         text = self.image_start, self.image_end, max_length
         start = llm.start_token if llm.encoder is not None else None
         return Encoder(
-            self.tokenizer, self.template, tokens, *text, self._pictures(), **self._collation, start_token=start
+            self.tokenizer,
+            self.template,
+            tokens,
+            *text,
+            self._pictures(),
+            mask=self.config.mask,
+            media_positions=self._media_positions,
+            start_token=start,
+            beside=self.text_beside(self.connector_text) if self.connector_text else None,
         )
+
+    def text_beside(self, length: int) -> TextBeside:
+        """How so many tokens of text are read beside a picture. Raises UserError where the connector has no tokenizer."""
+        if self.connector_tokenizer is None:
+            raise UserError("the connector reads text, but has no tokenizer: name one in model.connector.tokenizer")
+        return TextBeside(self.connector_tokenizer, length)
 
     def _pictures(self) -> PictureTokens | None:
         """How a picture's tiles become tokens; None where it is one tile."""
@@ -153,12 +172,12 @@ class Model:
 
     def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
         """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate."""
-        return collate(rows, **self._collation, stitched=self.config.features.stitching is not None, **settings)
+        known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": self.connector_text}
+        return collate(rows, **known, stitched=self.config.features.stitching is not None, **settings)
 
     @property
-    def _collation(self) -> dict[str, Any]:
-        llm = self.config.llm
-        return {"mask": self.config.mask, "media_positions": llm is None or not llm.media_as_they_are}
+    def _media_positions(self) -> bool:
+        return self.config.llm is None or not self.config.llm.media_as_they_are
 
     def sampling(self, max_new_tokens: int, *, ignore_eos: bool = False, **settings: Any) -> Sampling:
         """Settings of generation with this model's ids for the end and for padding."""

@@ -24,6 +24,7 @@ def collate(
     media_positions: bool = True,
     answer_length: int = 0,
     stitched: bool = False,
+    beside_length: int = 0,
 ) -> Batch:
     """A Batch of these rows, each with one or several samples, padded on the right.
 
@@ -35,6 +36,7 @@ def collate(
     media_positions   whether media tokens are counted in positions; else the text alone (GIT)
     answer_length   positions of an encoder-decoder's decoder; 0 = as many as the longest row of answers has
     stitched      whether the tiles of an image are stitched into one map: two of them at least, an overview and a grid
+    beside_length   tokens of the text that a Q-Former reads beside a tile; 0 = it reads none
 
     Without any token (classification) the token fields are None, without any tile the image fields.
     Raises ValueError where something does not fit.
@@ -51,6 +53,8 @@ def collate(
         fields |= _answers(rows, answer_length or max(answers))
     if tiles:
         fields |= _media(fed, tiles, media_shape) | ({"grids": _grids(fed, tiles)} if stitched else {})
+    if tiles and beside_length:
+        fields |= _beside(fed, tiles, beside_length)
     return Batch(**fields)
 
 
@@ -113,6 +117,20 @@ def _grids(fed: Sequence[Sequence[Example]], tiles: int) -> np.ndarray:
         for number, (first, (_, grid)) in enumerate(zip(firsts, shown)):
             grids[group, number] = first, *grid
     return grids
+
+
+def _beside(fed: Sequence[Sequence[Example]], tiles: int, length: int) -> dict[str, np.ndarray]:
+    """Text beside each tile of an image."""
+    tokens = np.zeros((len(fed), tiles, length), np.int32)
+    segments = np.zeros_like(tokens)
+    for group, examples in enumerate(fed):
+        at = 0
+        for example in examples:
+            for count, ids in zip(example.tiles, example.beside):
+                here = group, slice(at, at + count), slice(len(ids))
+                tokens[here], segments[here] = ids, 1
+                at += count
+    return {"connector_tokens": tokens, "connector_segments": segments}
 
 
 def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, Sample
 from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.templates import Segment, Template, ends_with_eos, starts_with_bos
+from mmjax.data.text_beside import TextBeside
 from mmjax.errors import UserError
 from mmjax.models.config import MaskKind
 
@@ -38,6 +39,7 @@ class Example:
     weight     of its supervised positions in the loss
     decoder_ids, decoder_labels   int32 [m], of an encoder-decoder, whose encoder reads `ids`: what its decoder reads, and the id
             to be predicted from each of these positions, else -100
+    beside     for each image the text that a Q-Former reads beside it, int32 [any]; () = none
     """
 
     id: str
@@ -53,6 +55,7 @@ class Example:
     weight: float = 1.0
     decoder_ids: np.ndarray | None = None
     decoder_labels: np.ndarray | None = None
+    beside: tuple[np.ndarray, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.tiles) != len(self.images):
@@ -77,6 +80,7 @@ class Encoder:
     mask, media_positions    how its examples are collated (see mmjax.data.collation.collate)
     start_token              of an encoder-decoder: what its decoder begins with; None = the model has no encoder of text
     max_answer               longer answers of an encoder-decoder are cut; 0 = no limit
+    beside                   how a Q-Former is told what the user says; None = it reads no text
 
     The text between two images is tokenised on its own, and the tokenizer's start token is put once, as LLaVA does.
     An encoder-decoder's encoder reads everything before the last answer (images, earlier turns), with the end token where its
@@ -94,6 +98,7 @@ class Encoder:
     media_positions: bool = True
     start_token: int | None = None
     max_answer: int = 0
+    beside: TextBeside | None = None
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -151,6 +156,7 @@ class Encoder:
             tiles=tuple(tiles),
             tile_tokens=self.tokens_per_image,
             grids=tuple(grids),
+            beside=self.beside.instructions(sample.messages) if self.beside else (),
         )
         if self.max_length and len(example.ids) > self.max_length:
             if generation_prompt or answer:
@@ -219,12 +225,15 @@ class Encoder:
             images=example.images[:images],
             tiles=example.tiles[:images],
             grids=example.grids[:images],
+            beside=example.beside[:images],
         )
 
     @property
     def collation(self) -> dict[str, Any]:
         """How its examples are collated, as keyword arguments."""
-        return {"mask": self.mask, "media_positions": self.media_positions, "stitched": self.stitched}
+        beside = self.beside.length if self.beside else 0
+        known = {"mask": self.mask, "media_positions": self.media_positions, "stitched": self.stitched}
+        return {**known, "beside_length": beside}
 
     @property
     def stitched(self) -> bool:

@@ -71,6 +71,7 @@ def key(source: str, encoder: Encoder | None, *more: object) -> str:
     if encoder is not None:
         settings = {field.name: getattr(encoder, field.name) for field in dataclasses.fields(encoder)}
         tokenizer = settings.pop("tokenizer")
+        settings.pop("beside")  # takes no room in a row
         digest.update(tokenizer.backend_tokenizer.to_str().encode())
         digest.update(repr((sorted(settings.items()), tokenizer.bos_token)).encode())
     return digest.hexdigest()
