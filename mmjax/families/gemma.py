@@ -20,14 +20,14 @@ def _read(config: Config, where: str) -> ModelConfig:
     # The first published files say "gelu" and mean its tanh approximation.
     if config.get("hidden_act") == "gelu":
         config = {**config, "hidden_act": "gelu_pytorch_tanh"}
-    decoder = _decoder(Fields(config, where), "hidden_act", block={"norm": "rms_plus_one"}, num_key_value_heads=16)
+    decoder = read_decoder(Fields(config, where), "hidden_act", block={"norm": "rms_plus_one"}, num_key_value_heads=16)
     return ModelConfig(llm=decoder)
 
 
 def _read_second(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
     layers = fields.need("num_hidden_layers")
-    decoder = _decoder(
+    decoder = read_decoder(
         fields,
         "hidden_activation",
         num_key_value_heads=4,
@@ -43,9 +43,10 @@ def _read_second(config: Config, where: str) -> ModelConfig:
     return ModelConfig(llm=dataclasses.replace(decoder, logit_softcap=cap))
 
 
-def _decoder(fields: Fields, activation: str, **settings: Any) -> DecoderConfig:
+def read_decoder(fields: Fields, activation: str, **settings: Any) -> DecoderConfig:
     fields.only("use_bidirectional_attention", False)
     bias = bool(fields.get("attention_bias", False))
+    """The decoder with what all Gemmas share; `activation` is the name of its field."""
     defaults = {**DEFAULTS, activation: "gelu_pytorch_tanh"}
     decoder = llama.read_decoder(
         fields, qkv_bias=bias, output_bias=bias, activation=activation, **{**defaults, **settings}
@@ -53,7 +54,8 @@ def _decoder(fields: Fields, activation: str, **settings: Any) -> DecoderConfig:
     return dataclasses.replace(decoder, embed_scale=decoder.block.width**0.5)
 
 
-def _fits(decoder: DecoderConfig, place: str) -> bool:
+def fits(decoder: DecoderConfig, place: str) -> bool:
+    """Whether a decoder is a Gemma with norms at this place."""
     block = decoder.block
     return (
         llama.plain(block)
@@ -69,7 +71,7 @@ def _fits(decoder: DecoderConfig, place: str) -> bool:
 def _write(config: ModelConfig, base: Config) -> Config:
     assert config.llm is not None
     decoder = config.llm
-    llama.require(_fits(decoder, "before") and not any(decoder.windows), "Gemma", "its norms or biases are others")
+    llama.require(fits(decoder, "before") and not any(decoder.windows), "Gemma", "its norms or biases are others")
     written = llama.write_decoder(decoder, base, "gemma", "GemmaForCausalLM")
     return {**written, "attention_bias": decoder.block.qkv_bias}
 
@@ -77,18 +79,24 @@ def _write(config: ModelConfig, base: Config) -> Config:
 def _write_second(config: ModelConfig, base: Config) -> Config:
     assert config.llm is not None
     decoder, block = config.llm, config.llm.block
-    llama.require(_fits(decoder, "both"), "Gemma 2", "its norms or biases are others")
-    scalar = base.get("query_pre_attn_scalar", 256)
-    if not base or float(scalar) ** -0.5 != block.scale:
-        scalar = round(block.scale**-2, 6)
+    llama.require(fits(decoder, "both"), "Gemma 2", "its norms or biases are others")
     return {
         **llama.write_decoder(decoder, base, "gemma2", "Gemma2ForCausalLM", activation="hidden_activation"),
         **write_windows(decoder.windows, decoder.layers),
         "attention_bias": block.qkv_bias,
-        "query_pre_attn_scalar": scalar,
+        "query_pre_attn_scalar": query_scalar(block.scale, base),
         "attn_logit_softcapping": block.softcap or None,
         "final_logit_softcapping": decoder.logit_softcap or None,
     }
+
+
+def query_scalar(scale: float, base: Config) -> Any:
+    """`query_pre_attn_scalar` for this scale of the scores: that of `base` where it means the same."""
+    before = base.get("query_pre_attn_scalar", 256)
+    if base and float(before) ** -0.5 == scale:
+        return before
+    exact = round(scale**-2, 6)
+    return int(exact) if exact == int(exact) else exact
 
 
 FAMILY = Family(

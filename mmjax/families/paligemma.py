@@ -100,24 +100,29 @@ def part_rules(config: ModelConfig, text: Config, image: Config) -> list[Rule]:
     ]
 
 
-def placeholder(config: Config) -> int:
+def placeholder(config: Config, default: int = PLACEHOLDER) -> int:
     """The id that stands for one image token."""
     names = ("image_token_index", "image_token_id")
-    return int(next((config[name] for name in names if config.get(name) is not None), PLACEHOLDER))
+    return int(next((config[name] for name in names if config.get(name) is not None), default))
+
+
+def batch(config: ModelConfig, inputs: Inputs, placeholder: int) -> tuple[Batch, np.ndarray | None]:
+    """The batch of foreign inputs, and their token_type_ids if there are any."""
+    given = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    found, kinds = llava.batch(config, {"image_token_index": placeholder}, given), inputs.get("token_type_ids")
+    if kinds is not None and kinds.shape != inputs["input_ids"].shape:
+        raise UserError(f"token_type_ids {list(kinds.shape)} and input_ids {list(inputs['input_ids'].shape)} differ in shape")
+    return found, kinds
 
 
 def _batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
-    """The batch of foreign inputs; positions count from 1."""
-    given = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-    kinds = inputs.get("token_type_ids")
-    if kinds is not None and kinds.shape != inputs["input_ids"].shape:
-        raise UserError(f"token_type_ids {list(kinds.shape)} and input_ids {list(inputs['input_ids'].shape)} differ in shape")
-    found = llava.batch(config, {"image_token_index": placeholder(foreign)}, given)
+    found, kinds = batch(config, inputs, placeholder(foreign))
     segments = np.asarray(found.segments)
     return dataclasses.replace(found, spans=segments if kinds is None else np.where(kinds == 0, segments, 0).astype(np.int32))
 
 
 def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+    """Positions count from 1."""
     found = _batch(config, foreign, inputs)
     return dataclasses.replace(found, positions=found.positions + 1)
 
@@ -127,8 +132,8 @@ def _outputs(
 ) -> dict[str, jax.Array]:
     ids = inputs.get("input_ids", np.zeros((0, 0), int))
     slots: Any = np.broadcast_to(np.arange(ids.shape[-1]) + 1, ids.shape)
-    batch = _batch(config, foreign, {"position_ids": slots, **inputs})
-    return language.run_language(params, batch, config=config, run=run, states=states)
+    rows = _batch(config, foreign, {"position_ids": slots, **inputs})
+    return language.run_language(params, rows, config=config, run=run, states=states)
 
 
 FAMILY = dataclasses.replace(

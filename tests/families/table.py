@@ -28,7 +28,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
     "test_mobilenet_v2": ("features and classes, files both ways", {"mobilenet_v2"}),
     "test_llava_next": ("logits, loss, greedy tokens, files both ways", {"llava_next", "internvl"}),
     "test_llava": ("logits, loss, greedy tokens, files both ways", {"llava"}),
-    "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma", "git"}),
+    "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma", "gemma3", "git"}),
     "test_golden": (
         "logits and greedy tokens recorded from LLaVA's own code around a Llama",
         {"llava_llama", "llava", "llava_mistral", "llava_qwen"},

@@ -38,6 +38,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LONG = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 2.0, 3.0, 5.0]}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 NEOX = {"num_key_value_heads": None}
+GEMMA3 = {**SMALL, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 20}
+GEMMA3_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 OPT = {"ffn_dim": 40, "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128}
 MPT = {"vocab_size": 64, "d_model": 48, "n_layers": 3, "n_heads": 6, "max_seq_len": 128}
@@ -52,6 +54,7 @@ FAMILIES = {
     "qwen3": (hf.Qwen3Config, {**SMALL, **WINDOWS, "head_dim": 12, "attention_bias": True}),
     "gemma": (hf.GemmaConfig, {**SMALL, "head_dim": 10, "num_key_value_heads": 1, "attention_bias": True}),
     "gemma2": (hf.Gemma2Config, {**SMALL, "head_dim": 10, "sliding_window": 6, "query_pre_attn_scalar": 20}),
+    "gemma3_text": (hf.Gemma3TextConfig, {**GEMMA3, "layer_types": GEMMA3_LAYERS, "attention_bias": True}),
     "phi": (hf.PhiConfig, {**SMALL, "qk_layernorm": True}),
     "phi3": (hf.Phi3Config, {**SMALL, "pad_token_id": 0, "eos_token_id": 1, "sliding_window": 7}),
     "opt": (hf.OPTConfig, {**OPT, "max_position_embeddings": 128}),
@@ -80,6 +83,18 @@ OPTIONS = {
     "no soft caps": (
         hf.Gemma2Config,
         {**SMALL, "final_logit_softcapping": None, "attn_logit_softcapping": None, "layer_types": ["full_attention"] * 3},
+    ),
+    "two scaled ropes": (
+        hf.Gemma3TextConfig,
+        {
+            **GEMMA3,
+            "num_hidden_layers": 7,
+            "final_logit_softcapping": 20.0,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
     ),
     "tied phi": (hf.PhiConfig, {**SMALL, "tie_word_embeddings": True, "partial_rotary_factor": 0.25}),
     "norms behind, narrow embeddings": (hf.OPTConfig, {**OPT, **POST_NORM, "enable_bias": False}),
@@ -264,3 +279,13 @@ def test_families_read_what_they_wrote_from_nothing():
         family = find(config)
         shapes = family.read_config(config, "config.json")
         assert family.read_config(family.write_config(shapes, {}), "again") == shapes, name
+
+
+def test_gemma_3_as_it_was_published():
+    """Every sixth layer sees everything, and alone has the scaled rotary embedding; what is absent is transformers' default."""
+    given = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    given["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
+    shapes = find(given).read_config(given, "config.json").language
+    assert shapes.windows == (1024,) * 5 + (0,) and shapes.block.head_dim == 256 and shapes.vocab_size == 262208
+    assert [(rope.theta, rope.factor) for rope in shapes.ropes] == [(1e4, 1.0)] * 5 + [(1e6, 8.0)]
+    assert find(given).write_config(shapes, given)["rope_scaling"] == given["rope_scaling"]

@@ -1,4 +1,4 @@
-"""PaliGemma, whose prompts are seen both ways, and GIT, whose images are, against transformers in both directions, every parameter
+"""PaliGemma, whose prompts are seen both ways, and GIT and Gemma 3, whose images are, against transformers in both directions, every parameter
 drawn."""
 
 from __future__ import annotations
@@ -51,6 +51,15 @@ def paligemma(text, **settings):
     return hf.PaliGemmaForConditionalGeneration(config)
 
 
+def gemma3(**text):
+    """A window shorter than a picture; layers sliding, full, sliding."""
+    vision = hf.SiglipVisionConfig(**TOWER, image_size=SIDE, patch_size=14)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = hf.Gemma3TextConfig(**{**TEXT, "num_key_value_heads": 2}, sliding_window=3, query_pre_attn_scalar=20, layer_types=kinds, **text)
+    config = hf.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=TOKENS, image_token_index=PLACEHOLDER)
+    return hf.Gemma3ForConditionalGeneration(config)
+
+
 def git(**settings):
     return hf.GitForCausalLM(hf.GitConfig(**GIT, **settings))
 
@@ -60,6 +69,7 @@ SYSTEMS = {
     "paligemma 2, whose prompts are longer than its window": lambda: paligemma(
         hf.Gemma2Config(**TEXT, sliding_window=6, query_pre_attn_scalar=20), tie_word_embeddings=False
     ),
+    "gemma 3": lambda: gemma3(),
     "git": lambda: git(),
     "git, tied": lambda: git(tie_word_embeddings=True, hidden_act="relu"),
 }
@@ -115,7 +125,12 @@ def captions(answer: int = 3, pictures: int = 4, seed: int = 1) -> dict[str, np.
 
 
 def given_to(theirs, **settings):
-    return (captions if theirs.config.model_type == "git" else rows)(**settings)
+    if theirs.config.model_type == "git":
+        return captions(**settings)
+    given = rows(**settings)
+    if theirs.config.model_type == "gemma3":
+        given["token_type_ids"] = (given["input_ids"] == PLACEHOLDER).astype(int)
+    return given
 
 
 def torch_inputs(given):
@@ -231,3 +246,17 @@ def test_git_reads_videos_by_either_name_of_their_embeddings(tmp_path):
     assert np.allclose(ours(given)["logits"], wanted, rtol=1e-4, atol=1e-4)
     with pytest.raises(UserError, match="4 frames, but the model has embeddings of 3"):
         ours({**given, "pixel_values": np.zeros((2, 4, 3, SIDE, SIDE), np.float32)})
+
+
+def test_gemma_3_without_kinds_of_tokens_is_causal(tmp_path):
+    theirs = randomised(gemma3(rope_parameters={"full_attention": {"rope_type": "linear", "factor": 4.0}}))
+    theirs.save_pretrained(tmp_path)
+    given = {name: value for name, value in rows().items() if name not in ("token_type_ids", "labels")}
+    real, wanted = given["attention_mask"] == 1, run(theirs, given).logits.numpy()
+    assert np.abs(np.asarray(mmjax.load(tmp_path)(given)["logits"]) - wanted)[real].max() < 2e-5 * np.abs(wanted[real]).max()
+
+
+def test_gemma_3_needs_a_map_that_its_tokens_divide():
+    config = json.loads(gemma3().config.to_json_string())
+    with pytest.raises(UserError, match="mm_tokens_per_image = 9 are no square that divides the 4 x 4 patches"):
+        find(config).read_config({**config, "mm_tokens_per_image": 9}, "config.json")
