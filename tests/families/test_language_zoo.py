@@ -285,7 +285,8 @@ def test_gemma_3_as_it_was_published():
     """Every sixth layer sees everything, and alone has the scaled rotary embedding; what is absent is transformers' default."""
     given = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
     given["rope_scaling"] = {"factor": 8.0, "rope_type": "linear"}
-    shapes = find(given).read_config(given, "config.json").language
-    assert shapes.windows == (1024,) * 5 + (0,) and shapes.block.head_dim == 256 and shapes.vocab_size == 262208
-    assert [(rope.theta, rope.factor) for rope in shapes.ropes] == [(1e4, 1.0)] * 5 + [(1e6, 8.0)]
+    shapes = find(given).read_config(given, "config.json")
+    llm = shapes.language
+    assert llm.windows == (1024,) * 5 + (0,) and llm.block.head_dim == 256 and llm.vocab_size == 262208
+    assert [(rope.theta, rope.factor) for rope in llm.ropes] == [(1e4, 1.0)] * 5 + [(1e6, 8.0)]
     assert find(given).write_config(shapes, given)["rope_scaling"] == given["rope_scaling"]
