@@ -171,10 +171,14 @@ def has_tokenizer(directory: Path) -> bool:
 
 def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a directory. Nothing is downloaded and no code of the directory is run. Raises UserError."""
-    from transformers import AutoTokenizer
+    from transformers import CONFIG_MAPPING, AutoTokenizer, PretrainedConfig
 
+    config = directory / "config.json"
     try:
-        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        kind = json.loads(config.read_text()).get("model_type") if config.is_file() else None
+        # Of a kind that transformers does not know, config.json is not asked which tokenizer goes with it.
+        asked = {} if kind is None or kind in CONFIG_MAPPING else {"config": PretrainedConfig()}
+        return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **asked)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{directory} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
 
