@@ -16,7 +16,7 @@ from mmjax import config as recipes
 from mmjax import published, tree, vocabulary
 from mmjax.config import Part, Recipe
 from mmjax.data import sources, templates
-from mmjax.data.messages import BadSample
+from mmjax.data.messages import PLACEHOLDER, BadSample
 from mmjax.errors import UserError
 from mmjax.families import composed, parts
 from mmjax.families.family import Config, Family
@@ -24,8 +24,9 @@ from mmjax.loading import load, load_connector
 from mmjax.model import Model
 from mmjax.models import adapters as lora
 from mmjax.models import multimodal, new_rows
-from mmjax.models.config import Execution, LoraConfig, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import DecoderConfig, Execution, LoraConfig, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
@@ -100,6 +101,9 @@ def _with_tokens(model: Model, recipe: Recipe, places: Params | None) -> Model:
     if section.new_tokens:
         model = model.add_tokens(section.new_tokens, section.new_rows_start, recipe.seed)
         model = dataclasses.replace(model, params=_placed(model.params, places))
+    if model.config.cross_attention is not None and model.family is composed.FAMILY and model.tokenizer is not None:
+        known = model.tokenizer.get_vocab().get(PLACEHOLDER)
+        model = dataclasses.replace(model, foreign={**model.foreign, "image_token_index": known})
     return dataclasses.replace(
         model,
         template=templates.get(section.template, model.tokenizer, section.system) if model.tokenizer else None,
@@ -160,6 +164,8 @@ def connector_config(
         latents=section.latents,
         heads=section.heads,
         head_dim=section.head_dim,
+        activation=section.activation,
+        qk_norm=section.qk_norm,
     )
     side = math.isqrt(config.positions)
     if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):
@@ -174,12 +180,45 @@ def connector_config(
         )
     if kind == "identity" and config.in_width != width:
         raise UserError(
-            f"model.connector.kind = 'identity' needs an encoder as wide as the language model, "
+            f"model.connector.kind = 'identity' needs an encoder as wide as what reads it, the language model, "
             f"not {config.in_width} against {width}"
         )
     if kind == "residual_mlp" and not section.hidden_width:
         return dataclasses.replace(config, hidden_width=4 * width)
     return config
+
+
+def cross_attention_config(
+    section: recipes.CrossAttention, llm: DecoderConfig, media_width: int
+) -> GatedCrossAttentionConfig:
+    """The cross-attention of a language model to media tokens of this width."""
+    if llm.encoder is not None:
+        raise UserError("model.cross_attention: an encoder-decoder reads media as tokens of what its encoder reads")
+    layers = tuple(range(section.first, llm.layers, section.every))
+    if not layers:
+        raise UserError(f"model.cross_attention.first is {section.first}, and the language model has {llm.layers} blocks")
+    own = BlockConfig(
+        width=llm.block.width,
+        heads=section.heads,
+        kv_heads=section.heads,
+        head_dim=section.head_dim,
+        mlp_width=4 * llm.block.width,
+        activation=section.activation,
+        norm="layer",
+        norm_eps=1e-5,
+        gated_mlp=False,
+        qkv_bias=False,
+        output_bias=False,
+        mlp_bias=False,
+    )
+    like = dataclasses.replace(
+        own,
+        **{name: getattr(llm.block, name) for name in ("heads", "kv_heads", "head_dim", "mlp_width", "activation")},
+        **{name: getattr(llm.block, name) for name in ("norm", "norm_eps", "norm_bias", "gated_mlp", "qkv_bias", "mlp_bias")},
+    )
+    block = like if section.block == "llm" else own
+    block = dataclasses.replace(block, memory_width=media_width, qk_norm=block.norm if section.qk_norm else "")
+    return GatedCrossAttentionConfig(block, layers, section.last_media_only, section.vector_gates)
 
 
 def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Family, Config]:
@@ -207,13 +246,19 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     language, tower = found["llm"][0], found["vision"][0]
     tower = tower.at_size(section.image.size) if section.image.size else tower
     assert language.llm is not None
+    assert tower.vision is not None
     mean, std = section.image.mean or tower.image_mean, section.image.std or tower.image_std
+    crossed, width = section.cross_attention.every > 0, language.llm.input_width
+    if crossed:
+        width = section.connector.hidden_width or tower.vision.feature_width * len(features.layers)
+    connector = connector_config(section.connector, tower, features, width)
     config = dataclasses.replace(
         tower,
         llm=language.llm,
         text=None,
         logit_bias=False,
-        connector=connector_config(section.connector, tower, features, language.llm.input_width),
+        connector=connector,
+        cross_attention=cross_attention_config(section.cross_attention, language.llm, width) if crossed else None,
         features=features,
         image_mean=tuple(mean),
         image_std=tuple(std),

@@ -23,11 +23,17 @@ class Batch:
     positions   int32 [rows, length]   position within the sample; [rows, length, axes] where a position has several (M-RoPE)
     spans       int32 [rows, length]   positions of one sample with equal numbers above 0 see each other, whatever is causal; None = no two
     media       int32 [rows, length]   index of the media token spliced here, -1 at text
+    begun       int32 [rows, length]   where blocks read media by cross-attention: which of `row_media` the position belongs to,
+                                       counted from 1; 0 = none. The text holds one ordinary token for a medium; `media` is -1 there
+    row_media   int32 [rows, media]    tile of the group that is the row's 1st, 2nd, ... medium, -1 = none
+    media_segments   int32 [rows, media]   the packed sample that it belongs to
+    media_seen  bool [rows, length, media]   in the place of `begun`: which media each position sees
     targets     int32 [rows, length]   the id to be predicted *from* this position (already shifted)
     weights     float32 [rows, length] weight of that prediction in the loss, 0 = not supervised
     decoder_tokens, decoder_segments   int32 [rows, T]   of an encoder-decoder, whose encoder reads `tokens`: what its decoder
                                        reads; `targets` and `weights` are then [rows, T]. None = the start token alone
-    images      uint8 [groups, tiles, height, width, channels]   pixels; the model normalises
+    images      uint8 [groups, tiles, height, width, channels]   pixels; the model normalises. [groups, tiles, frames, ...] where a
+                                                                 perceiver reads several frames as one medium
     features    float [groups, tiles, positions, width]          cached encoder features in place of `images`
     tiles       bool [groups, tiles]   which tiles are real; the others are dummies that no row points at
     frames      int32 [groups, tiles]  which frame of its video each tile is, from 0; -1 = a picture; None = there is no video
@@ -41,6 +47,10 @@ class Batch:
     positions: Any = None
     spans: Any = None
     media: Any = None
+    begun: Any = None
+    row_media: Any = None
+    media_segments: Any = None
+    media_seen: Any = None
     targets: Any = None
     weights: Any = None
     decoder_tokens: Any = None

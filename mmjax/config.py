@@ -18,6 +18,7 @@ from mmjax import config_checks
 from mmjax.config_parsing import parse, to_dict
 from mmjax.config_parsing import parse_arguments as parse_arguments  # for the files in configs/
 from mmjax.errors import UserError
+from mmjax.models.block_config import Activation
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -77,6 +78,7 @@ class Part:
 @dataclasses.dataclass
 class Connector:
     """See mmjax.models.encoder_config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `depth` 0 = the kind's own.
+    It puts out tokens as wide as the LLM's, or, for a cross-attention between blocks, `hidden_width` wide (0 = as the encoder's).
     `path` reads published connector weights (a projector-only file or directory); "" = fresh."""
 
     kind: str = "mlp2x_gelu"
@@ -95,7 +97,34 @@ class Connector:
     latents: int = 64
     heads: int = 8
     head_dim: int = 0
+    activation: Activation = "gelu"
+    qk_norm: bool = False
     path: str = ""
+
+
+@dataclasses.dataclass
+class CrossAttention:
+    """Gated cross-attention between the LLM's blocks, in the place of media tokens in the text (mmjax.models.gated_cross_attention).
+    In the text one token `<image>` stands for a picture, which the tokenizer has or gets (model.new_tokens).
+
+    every    it sits before every so many-th of the LLM's blocks; 0 = there is none. first: the first of these, from 0 (Flamingo and
+             IDEFICS begin with the first block, OpenFlamingo and Otter with the `every`-th: every - 1)
+    block    "own": layer norms, an MLP four times as wide as the LLM, no biases, and `heads`, `head_dim`, `activation`;
+             "llm": heads, norms and MLP as the LLM's own blocks have them (IDEFICS)
+    qk_norm  a norm of its kind over each head's queries and keys
+    vector_gates      a gate for each channel
+    last_media_only   text sees the last picture before it; else all before it
+    """
+
+    every: int = 0
+    first: int = 0
+    block: Literal["own", "llm"] = "own"
+    heads: int = 8
+    head_dim: int = 64
+    activation: Activation = "gelu"
+    qk_norm: bool = False
+    vector_gates: bool = False
+    last_media_only: bool = True
 
 
 @dataclasses.dataclass
@@ -159,6 +188,7 @@ class Model:
     llm: Part = dataclasses.field(default_factory=Part)
     vision: Part = dataclasses.field(default_factory=Part)
     connector: Connector = dataclasses.field(default_factory=Connector)
+    cross_attention: CrossAttention = dataclasses.field(default_factory=CrossAttention)
     feature_layers: tuple[int, ...] = (-2,)
     keep_class_token: bool = False
     post_norm: bool = False

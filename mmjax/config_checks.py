@@ -27,6 +27,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads"), (1, math.inf)),
+    "first": (0, math.inf),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
@@ -125,6 +126,8 @@ def _model(model: Model) -> Iterator[str]:
     for name, part in parts.items():
         yield from _part(f"model.{name}", part)
     yield from _connector(model.connector)
+    if model.path and model.cross_attention.every:
+        yield f"model.cross_attention is given beside model.path={model.path!r}, which brings its own or has none; leave out one of the two."
     yield from _template("model.template", model.template)
     if not model.feature_layers:
         yield "model.feature_layers is empty: which of the encoder's hidden states does the connector read? (-2: the last but one)"

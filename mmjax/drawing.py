@@ -226,10 +226,13 @@ def _row(
             spans += [(" \N{RIGHTWARDS ARROW} ", False), (decode(written.tolist()), True)]
         spans.append(("  ", False))
     images: list[np.ndarray] = []
-    if batch.images is not None and (media >= 0).any():
+    tiles = np.unique(media[media >= 0] // max(tokens_per_tile, 1))
+    if batch.row_media is not None:
+        tiles = np.unique(np.asarray(batch.row_media)[row])
+    if batch.images is not None and (tiles >= 0).any():
         pixels = np.asarray(batch.images)
         group = row // (len(np.asarray(batch.tokens)) // len(pixels))
-        images = [pixels[group, tile] for tile in np.unique(media[media >= 0] // tokens_per_tile)]
+        images = [pixels[group, tile] for tile in tiles if tile >= 0]
     return _lines(spans), images
 
 

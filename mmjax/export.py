@@ -50,8 +50,9 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
             f"the adapters {', '.join(_names(model))} cannot stay apart in a whole model's directory; "
             "write them by themselves in peft's layout"
         )
-    model = merged(model)
     family, foreign = _target(model, layout)
+    if not (family.keeps_rows and _only_beyond(model.config)):
+        model = merged(model)
     if family is not composed.FAMILY and foreign.get("vision_config", {}).get("model_type") not in llava.ANY_SIZE:
         model = _with_own_positions(model)
     if family is llava.FAMILY and foreign.get("image_token_index") is None:
@@ -121,6 +122,11 @@ def merged(model: Model) -> Model:
     return dataclasses.replace(model, params=params, config=config)
 
 
+def _only_beyond(config: ModelConfig) -> bool:
+    """Whether all vocabulary rows that are leaves of their own lie beyond the tables."""
+    return config.llm is not None and len(config.llm.new_rows) == config.llm.beyond
+
+
 def _names(model: Model) -> list[str]:
     return [adapter.name for adapter in model.config.adapters]
 
@@ -166,11 +172,7 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
             "mm_use_im_start_end": bool(model.image_start),
             "mm_use_im_patch_token": False,
         }
-    before = (
-        {"image_token_index": model.foreign["image_token_index"]}
-        if model.foreign.get("image_token_index") is not None
-        else {}
-    )
+    before = {name: model.foreign[name] for name in ("image_token_index",) if model.foreign.get(name) is not None}
     return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before, **canvases}
 
 

@@ -4,7 +4,7 @@ The convention, said wherever a figure is printed (`CONVENTION`): a multiply-add
 2N forwards, 2N for the gradient of its input where something in front of it is trained, and 2N for its own gradient where it is
 trained itself: 6N trained, 4N frozen, 2N frozen with nothing trained in front. A causal attention costs half of a full one; the
 head is counted at supervised positions only; what rematerialisation computes twice is not counted. Norms, activations and
-lookups are left out.
+lookups are left out. In a cross-attention between blocks a position of the text is counted as seeing one medium.
 """
 
 from __future__ import annotations
@@ -91,11 +91,16 @@ def training_flops(
     """What a training step of `config` costs when the leaves of `selection` are trained."""
     shapes = {path: leaf.shape for path, leaf in tree.flatten(multimodal.shapes(config)).items()}
     trained = _trained(shapes, selection)
-    first = min((_site(path, layer) for path, layer in trained), default=(math.inf, 0.0))
+    first = min((_place(path, layer, config) for path, layer in trained), default=(math.inf, 0.0))
+    in_text = _first_in_text(trained, config)
     used = _layers_used(config, objective)
 
     def times(path: str, layer: int) -> int:
-        return 3 if (path, layer) in trained else 2 if _site(path, layer) >= first else 1
+        if _reads_media(path):  # what hands on a gradient to media tokens is trained in front of the text
+            reached = first < (2, 0.0)
+        else:
+            reached = _place(path, layer, config) >= (in_text if path.startswith("llm/") else first)
+        return 3 if (path, layer) in trained else 2 if reached else 1
 
     per_tile: dict[str, float] = collections.defaultdict(float)
     per_token: dict[str, float] = collections.defaultdict(float)
@@ -108,6 +113,8 @@ def training_flops(
         if path.startswith("llm/"):
             rows, table = _share_of_experts(path, config), per_supervised if _is_head(path, config) else per_token
             table = per_source if _reads_source(path) else table
+        if _reads_media(path):
+            rows, table = config.connector.tokens if config.connector else 0, per_tile
         stacked = _is_stacked(path)
         for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
             forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
@@ -119,13 +126,17 @@ def training_flops(
         for layer in range(config.llm.layers):
             window = config.llm.windows[layer % len(config.llm.windows)]
             # a frozen layer's softmax still hands on a gradient to queries, keys and values alike: 1 or 3, never 2
-            passes = 3 if _site("llm/layers/", layer) >= first else 1
+            passes = 3 if _site("llm/layers/", layer) >= in_text else 1
             per_pair[window] += _attention(config.llm.block) * passes
             per_cross_pair += _attention(config.llm.block) * passes if config.llm.encoder else 0.0
         for layer in range(config.llm.encoder.layers if config.llm.encoder else 0):
             assert config.llm.encoder is not None
             passes = 3 if _site("llm/encoder/layers/", layer) >= first else 1
             per_source_pair += _attention(config.llm.encoder.block) * passes
+    if (crossed := config.cross_attention) is not None and config.connector is not None and objective == "language":
+        for layer in crossed.layers:
+            passes = 3 if (3, layer - 0.5) >= in_text else 1
+            per_token["llm attention"] += _attention(crossed.block) * config.connector.tokens * passes
     if isinstance(config.vision, ViTConfig):
         pairs = (config.vision.positions + config.vision.prefix) ** 2
         for layer in range(used["vision"]):
@@ -174,6 +185,22 @@ def _site(path: str, layer: float) -> Site:
     if second == "layers":
         return (0, float(layer))
     return (0, math.inf if second in ("post_norm", "pool", "pooler", "projection", "head") else -1.0)
+
+
+def _place(path: str, layer: int, config: ModelConfig) -> Site:
+    """The site of a leaf's layer; a plug's stand before the blocks that it sits on."""
+    if path.startswith("llm/plugs/") and config.cross_attention is not None:
+        return (3, config.cross_attention.layers[layer] - 0.5)
+    return _site(path, layer)
+
+
+def _first_in_text(trained: set[tuple[str, int]], config: ModelConfig) -> Site:
+    """The first site that hands a gradient to the blocks of the LLM: where media are read between them, nothing in front of the
+    first that reads does it for the media's sake."""
+    sites = [_place(path, layer, config) for path, layer in trained]
+    if config.cross_attention is not None:
+        sites = [max(site, (3, config.cross_attention.layers[0] - 0.5)) if site < (2, 0.0) else site for site in sites]
+    return min(sites, default=(math.inf, 0.0))
 
 
 def _trained(shapes: dict[str, tuple[int, ...]], selection: Selection) -> set[tuple[str, int]]:
@@ -238,13 +265,18 @@ def _pixels(config: MobileNetV2Config) -> dict[str, int]:
 
 
 def _is_stacked(path: str) -> bool:
-    return "/layers/" in path
+    return tree.is_stacked(path)
 
 
 def _reads_source(path: str) -> bool:
     """Whether a weight of the LLM is applied to what an encoder-decoder's encoder reads: its own, and those that project its states."""
     memory = path.startswith(("llm/layers/cross_attention/key/", "llm/layers/cross_attention/value/"))
     return memory or path.startswith("llm/encoder/")
+
+
+def _reads_media(path: str) -> bool:
+    """Whether a weight of the LLM is applied to media tokens: those that project them for a cross-attention between blocks."""
+    return path.startswith(("llm/plugs/cross_attention/cross_attention/key/", "llm/plugs/cross_attention/cross_attention/value/"))
 
 
 def _is_head(path: str, config: ModelConfig) -> bool:

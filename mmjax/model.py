@@ -15,7 +15,7 @@ from mmjax.batch import Batch
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
 from mmjax.data.images import ImageProcessor, size_of
-from mmjax.data.messages import Message, Sample, validated
+from mmjax.data.messages import PLACEHOLDER, Message, Sample, validated
 from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.templates import Template
 from mmjax.data.text_beside import TextBeside
@@ -152,9 +152,23 @@ class Model:
             self._pictures(),
             mask=self.config.mask,
             media_positions=self._media_positions,
+            placeholder=self._placeholder(),
             start_token=start,
             beside=self.text_beside(self.connector_text) if self.connector_text else None,
         )
+
+    def _placeholder(self) -> int | None:
+        """The token that stands for a picture which is read between the blocks; None where media tokens stand there."""
+        if self.config.cross_attention is None:
+            return None
+        assert self.tokenizer is not None
+        if (id := self.tokenizer.get_vocab().get(PLACEHOLDER)) is None:
+            raise UserError(
+                f"a model that reads pictures between its blocks needs {PLACEHOLDER!r} among its tokenizer's tokens (model.new_tokens)"
+            )
+        if self.image_processor is not None and self.image_processor.tiling is not None:
+            raise UserError("a model that reads pictures between its blocks takes each as one tile: its image processor cuts none")
+        return id
 
     def text_beside(self, length: int) -> TextBeside:
         """How so many tokens of text are read beside a picture. Raises UserError where the connector has no tokenizer."""
@@ -173,7 +187,9 @@ class Model:
     def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
         """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate."""
         known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": self.connector_text}
-        return collate(rows, **known, stitched=self.config.features.stitching is not None, **settings)
+        known |= {"stitched": self.config.features.stitching is not None}
+        known |= {"row_media": 0} if self.config.cross_attention is not None else {}
+        return collate(rows, **{**known, **settings})
 
     @property
     def _media_positions(self) -> bool:

@@ -19,7 +19,7 @@ from mmjax.families.keys import Rule
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.preprocessing import read_image_processor
+from mmjax.preprocessing import has_tokenizer, read_image_processor, read_tokenizer
 from mmjax.tree import Params
 
 SAMPLES = 64  # places of each weight file that go into a fingerprint
@@ -74,11 +74,13 @@ def open_published(directory: Path) -> Published:
     family = find(foreign, where)
     if family.complete is not None and any((directory / name).is_file() for name in weights.NAMES):
         foreign = family.complete(foreign, _tensors(directory, family, foreign))
+    foreign = {**foreign, **_token_ids(directory, family, foreign)}
     for part, name in family.external(foreign).items():
         # The config of a part that is published elsewhere stands only there.
-        if not foreign.get(f"{part}_config"):
+        key = "text_config" if part == "llm" else f"{part}_config"
+        if not foreign.get(key):
             other = open_published(locate(name, directory)).foreign
-            foreign = {**foreign, f"{part}_config": other.get(f"{part}_config", other)}
+            foreign = {**foreign, key: other.get(key, other)}
     read = Published(directory, foreign, family, family.read_config(foreign, where))
     return dataclasses.replace(read, config=_as_prepared(read.places, read.config))
 
@@ -86,6 +88,15 @@ def open_published(directory: Path) -> Published:
 def own_image_processor(places: list[Path], config: ModelConfig) -> ImageProcessor | None:
     """The image processor of the first place that has the file of one."""
     return next((found for place in places if (found := read_image_processor(place, config)) is not None), None)
+
+
+def _token_ids(directory: Path, family: Family, foreign: Config) -> Config:
+    """The ids that config.json leaves to the tokenizer."""
+    absent = [(field, token) for field, token in family.tokens if foreign.get(field) is None]
+    if not absent or not has_tokenizer(directory):
+        return {}
+    known = read_tokenizer(directory).get_vocab()
+    return {field: known[token] for field, token in absent if token in known}
 
 
 def _as_prepared(places: list[Path], config: ModelConfig) -> ModelConfig:
@@ -101,15 +112,28 @@ def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = Non
     published.
     """
     rules = source.family.rules(source.config, source.foreign)
-    stored = _stored(source)
+    stored, shapes = _stored(source), multimodal.shapes(source.config)
     elsewhere: Params = {}
     for part, name in source.family.external(source.foreign).items():
         own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
-        if not any(r.name.replace("{i}", "0") in stored for r in own):
+        absent = [r for r in own if not any(name in stored for name in keys.names(r, shapes))]
+        if absent and (absent == own or part in source.family.partial):
             other = open_published(locate(name, source.directory))
-            elsewhere = load_part(other, part, dtype=dtype, shardings=shardings, check_finite=check_finite)
-            rules = [r for r in rules if r not in own]
+            found = load_part(other, part, dtype=dtype, shardings=shardings, check_finite=check_finite)
+            elsewhere = tree.merge(elsewhere, _picked(found, absent, shapes, other.directory))
+            rules = [r for r in rules if r not in absent]
     return tree.merge(_load(source, stored, rules, dtype, shardings, check_finite), elsewhere)
+
+
+def _picked(found: Params, rules: list[Rule], shapes: Params, where: Path) -> Params:
+    """The leaves of these rules among those that were found elsewhere. Raises UserError where they are not what they must be."""
+    flat, wanted = tree.flatten(found), tree.flatten(shapes)
+    paths = [path for r in rules for path in r.paths]
+    wrong = [path for path in paths if path not in flat or flat[path].shape != wanted[path].shape]
+    if wrong:
+        listed = ", ".join(f"{path} {list(wanted[path].shape)}" for path in wrong)
+        raise UserError(f"{where} is to give what the directory lacks, and has not {listed}")
+    return tree.unflatten({path: flat[path] for path in paths})
 
 
 def load_part(
@@ -145,14 +169,18 @@ def _folders(directory: Path, family: Family, foreign: Config) -> dict[str, Path
 def _stored(source: Published) -> dict[str, Stored]:
     """The tensors under the names of the key table. Of tied weights a file may hold only the copy."""
     stored = _tensors(source.directory, source.family, source.foreign)
-    for copy, original in source.family.copies(source.config).items():
+    for copy, original in _copies(source).items():
         if original not in stored and copy in stored:
             stored[original] = stored[copy]
     return stored
 
 
 def _expected(source: Published) -> dict[str, Any]:
-    return {"copies": source.family.copies(source.config), "unused": source.family.unused, "where": source.directory}
+    return {"copies": _copies(source), "unused": source.family.unused, "where": source.directory}
+
+
+def _copies(source: Published) -> dict[str, str]:
+    return source.family.copies(source.config) | source.family.copies_in(source.config, source.foreign)
 
 
 def _load(

@@ -55,6 +55,11 @@ def _model(model: Model) -> Model:
         pooled_tokens=min(model.connector.pooled_tokens, 4),
         **perceiver,
     )
+    crossed = model.cross_attention
+    if crossed.every:
+        every = min(crossed.every, SIZES["num_hidden_layers"])
+        small = {"every": every, "first": min(crossed.first, every - 1), "heads": 2, "head_dim": 16}
+        crossed = dataclasses.replace(crossed, **small)
     adapters = {
         name: dataclasses.replace(adapter, rank=min(adapter.rank, 4), alpha=adapter.alpha * min(adapter.rank, 4) / adapter.rank)
         for name, adapter in model.adapters.items()
@@ -65,6 +70,7 @@ def _model(model: Model) -> Model:
         llm=_part(model.llm),
         vision=_part(model.vision),
         connector=connector,
+        cross_attention=crossed,
         image=dataclasses.replace(model.image, size=0),
         tokenizer=dataclasses.replace(model.tokenizer, path="", vocab_size=SIZES["vocab_size"]),
         adapters=adapters,

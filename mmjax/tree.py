@@ -84,6 +84,11 @@ def matches(path: str, glob: str) -> bool:
     return _expression(glob).match(path) is not None
 
 
+def is_stacked(path: str) -> bool:
+    """Whether axis 0 of the leaf counts layers: of a stack of blocks, or of a plug that sits on some of them."""
+    return "/layers/" in path or "/plugs/" in path
+
+
 def layer_range(glob: str) -> tuple[int | None, int | None] | None:
     """The layer range a glob carries: (20, 24) for `vision/layers[20:24]/**`, None where it has none."""
     found = _RANGE.search(glob)

@@ -141,7 +141,7 @@ def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str
         raise Unsupported(f"inputs {', '.join(unknown)}")
     found: Arrays = dict(model(given, output_hidden_states=any("hidden_states_" in name for name in wanted)))
     if "generated_ids" in wanted:
-        flags = config.get("golden_flags", {})
+        flags = {**config, **config.get("golden_flags", {})}
         prompt = _prompt(given, flags.get("generate_row", -1), flags.get("generate_images"))
         new = 16 if "generated_tokens" not in flags else flags["generated_tokens"]
         ids, scores = model.generate(prompt, max_new_tokens=new, ignore_eos=True, return_scores=True)
@@ -151,17 +151,22 @@ def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str
 
 def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
     """The inputs that were generated from: all rows, or one of them without its padding, with its images (a number of
-    them, or a range).
+    them, or a range; or those that stand beside the row).
     """
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "position_ids") and "decoder_" not in name}
     if row < 0:
         return inputs
+    text = "input_ids" if "input_ids" in inputs else "lang_x"
     keep = inputs["attention_mask"][row] != 0 if "attention_mask" in inputs else slice(None)
-    ids = inputs["input_ids"][row : row + 1, keep]
-    prompt = {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+    ids = inputs[text][row : row + 1, keep]
+    prompt = {text: ids, "attention_mask": np.ones_like(ids)}
+    prompt |= {name: inputs[name][row : row + 1, keep] for name in ("image_attention_mask",) if name in inputs}
     first, last = images if isinstance(images, list) else (0, images)
-    media = {name: inputs[name][first:last] for name in ("pixel_values", "images", "image_sizes") if name in inputs}
-    return {**prompt, **media}
+    for name in ("pixel_values", "images", "image_sizes", "vision_x"):
+        if name in inputs:
+            beside = name == "vision_x" or "image_attention_mask" in inputs
+            prompt[name] = inputs[name][row : row + 1] if beside else inputs[name][first:last]
+    return prompt
 
 
 def label_mask(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:

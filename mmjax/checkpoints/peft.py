@@ -106,11 +106,11 @@ def leaves(
             module = re.sub(pattern, replacement, module)
         found[module.removesuffix(".weight"), match["side"]] = tensor
     flat, made, targets = tree.flatten(params), {}, []
-    for linear, template in _linears(rules).items():
+    for linear, of_kernel in _linears(rules).items():
         kernel = flat.get(f"{linear}/kernel")
         if kernel is None:
             continue
-        modules = _modules(template, kernel)
+        modules = [of_kernel.foreign_name(at).removesuffix(".weight") for at in of_kernel.index(kernel.shape)]
         present = [module for module in modules if (module, "A") in found]
         if not present:
             continue
@@ -132,9 +132,9 @@ def leaves(
                         f"{adapter.directory}: lora_{side} of {module} is {found_shape}, not {list(shape[::-1])}"
                     )
             rows = [np.asarray(part.read().T, np.float32) for part in parts if part is not None]
-            value = np.stack(rows) if "{i}" in template else rows[0]
+            value = np.stack(rows) if of_kernel.stacked else rows[0]
             if not weights.is_finite(value):
-                weights.refuse_broken([f"lora_{side} of {template}"], adapter.directory, value.dtype)
+                weights.refuse_broken([f"lora_{side} of {of_kernel.name}"], adapter.directory, value.dtype)
             made[f"{linear}/adapters/{adapter.config.name}/{leaf}"] = jax.device_put(value)
     strange += [tensor.name for tensor in found.values()]
     if strange:
@@ -170,7 +170,7 @@ def write(
         raise UserError(f"adapter {config.name!r}: no module in the published layout for {lost}")
     made, patterns = [], []
     for path in adapted:
-        module = f"{templates[path]}.weight"
+        module = templates[path].name
         for pattern, replacement in family.modules:
             module = re.sub(pattern, replacement, module)
         module = module.removesuffix(".weight")
@@ -179,7 +179,7 @@ def write(
             array = flat[f"{path}/adapters/{config.name}/{leaf}"]
             kind = np.dtype(dtype or array.dtype)
             for i in range(array.shape[0]) if "{i}" in module else [None]:
-                name = module if i is None else module.replace("{i}", str(i))
+                name = module if i is None else module.replace("{i}", str(templates[path].number(i)))
                 shape = tuple(array.shape[-2:][::-1])
 
                 def make(array=array, i=i, kind=kind) -> np.ndarray:
@@ -206,17 +206,11 @@ def write(
     (directory / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def _linears(rules: list[Rule]) -> dict[str, str]:
-    """Our path of each Linear -> its foreign module's name, `{i}` for the layer."""
+def _linears(rules: list[Rule]) -> dict[str, Rule]:
+    """Our path of each Linear that is a foreign module of its own -> the rule of its kernel."""
     alone = [r for r in rules if r.form is transposed and len(r.paths) == 1 and r.name.endswith(".weight")]
     return {
-        r.paths[0].removesuffix("/kernel"): r.name.removesuffix(".weight")
+        r.paths[0].removesuffix("/kernel"): r
         for r in alone
         if r.paths[0].endswith("/kernel") and has_port(r.paths[0])
     }
-
-
-def _modules(template: str, kernel: Any) -> list[str]:
-    if "{i}" not in template:
-        return [template]
-    return [template.replace("{i}", str(i)) for i in range(kernel.shape[0])]

@@ -18,6 +18,7 @@ NAMES = (
     "model.safetensors",
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
+    "checkpoint.pt",
 )
 
 

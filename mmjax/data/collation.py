@@ -22,6 +22,7 @@ def collate(
     media_shape: tuple[int, ...] = (),
     mask: MaskKind = "causal",
     media_positions: bool = True,
+    row_media: int | None = None,
     answer_length: int = 0,
     stitched: bool = False,
     beside_length: int = 0,
@@ -34,6 +35,8 @@ def collate(
     media_shape   shape of one tile's `pixels`, for the dummies of a batch without images; () = taken from the images
     mask          who sees whom beside what stands before (see mmjax.spans)
     media_positions   whether media tokens are counted in positions; else the text alone (GIT)
+    row_media     images that a row has room for, of a model whose blocks read them by cross-attention; 0 = as many as the fullest row
+                  has; None = their tokens stand in the text
     answer_length   positions of an encoder-decoder's decoder; 0 = as many as the longest row of answers has
     stitched      whether the tiles of an image are stitched into one map: two of them at least, an overview and a grid
     beside_length   tokens of the text that a Q-Former reads beside a tile; 0 = it reads none
@@ -48,6 +51,8 @@ def collate(
     tiles = tiles or max(sum(example.tile_count for example in group) for group in fed)
     length = length or max((sum(len(example.ids) for example in row) for row in rows), default=0)
     fields = _tokens(grouped, length, tiles, mask, media_positions) if length else {}
+    if row_media is not None and length and tiles:
+        fields |= _crossed(grouped, fields["media"], row_media)
     answers = [sum(len(e.decoder_ids) for e in row if e.decoder_ids is not None) for row in rows]
     if answer_length or any(answers):
         fields |= _answers(rows, answer_length or max(answers))
@@ -87,6 +92,33 @@ def _tokens(
             number += 1
     spans = spans_of(mask, fields["segments"], fields["media"] >= 0, fields["weights"] > 0)
     return fields if spans is None else {**fields, "spans": spans}
+
+
+def _crossed(grouped: Sequence[Sequence[Sequence[Example]]], media: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """The fields of a batch whose images are read between blocks; `media` are where their tokens stand, [rows, length]."""
+    rows = [row for group in grouped for row in group]
+    count = count or max(1, max(sum(example.tile_count for example in row) for row in rows))
+    fields = {
+        "media": np.full_like(media, -1),
+        "begun": np.zeros_like(media),
+        "row_media": np.full((len(rows), count), -1, np.int32),
+        "media_segments": np.zeros((len(rows), count), np.int32),
+    }
+    for number, row in enumerate(rows):
+        at = slot = 0
+        for segment, example in enumerate(row, 1):
+            if slot + example.tile_count > count:
+                raise ValueError(f"a row holds {slot + example.tile_count} images, more than {count}; the last is of sample {example.id}")
+            here = number, slice(at, at + len(example.ids))
+            standing = media[here] >= 0
+            seen = np.cumsum(standing)
+            fields["begun"][here] = np.where(seen > 0, seen + slot, 0)
+            those = number, slice(slot, slot + example.tile_count)
+            fields["row_media"][those] = media[here][standing] // max(1, example.tile_tokens)
+            fields["media_segments"][those] = segment
+            at += len(example.ids)
+            slot += example.tile_count
+    return fields
 
 
 def _answers(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:

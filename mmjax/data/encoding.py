@@ -26,7 +26,7 @@ SizeOf = Callable[[dict[str, Any]], tuple[int, int]]
 class Example:
     """One encoded sample of n positions.
 
-    ids     int32 [n]   0 at image positions
+    ids     int32 [n]   0 at image positions, or the token that stands for an image (see Encoder.placeholder)
     labels  int32 [n]   the id itself where it is supervised, else -100
     media   int32 [n]   -1 = text, else which of the sample's own media tokens stands here, tile after tile, or
                         mmjax.data.picture_tokens.NEWLINE
@@ -78,6 +78,7 @@ class Encoder:
     max_length               longer samples are cut, never inside an image; 0 = no limit
     pictures                 how many tiles and tokens an image has by its size; None = it is one tile, whatever its size
     mask, media_positions    how its examples are collated (see mmjax.data.collation.collate)
+    placeholder              where the blocks read images by cross-attention: the id of the one token that stands for an image in the text
     start_token              of an encoder-decoder: what its decoder begins with; None = the model has no encoder of text
     max_answer               longer answers of an encoder-decoder are cut; 0 = no limit
     beside                   how a Q-Former is told what the user says; None = it reads no text
@@ -96,6 +97,7 @@ class Encoder:
     pictures: PictureTokens | None = None
     mask: MaskKind = "causal"
     media_positions: bool = True
+    placeholder: int | None = None
     start_token: int | None = None
     max_answer: int = 0
     beside: TextBeside | None = None
@@ -134,7 +136,7 @@ class Encoder:
                 media.append(np.where(order >= 0, order + before, order))
                 shown.append(chunk)
                 tiles.append(count)
-                ids.append(np.zeros(len(order), int))
+                ids.append(np.full(len(order), self.placeholder or 0))
                 labels.append(np.full(len(order), IGNORED))
                 end = sum(map(len, ids))
                 spans.append((end - len(order), end))

@@ -187,6 +187,7 @@ class Pipeline:
             tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
             media_shape=shape,
             **(self.encoder.collation if self.encoder else {}),
+            row_media=self.stage.tiles if self.encoder and self.encoder.placeholder is not None else None,
             answer_length=self.answer_length,
         )
         if not language and batch.classes is None and batch.tiles is not None:

@@ -1,7 +1,7 @@
 """The project's own layout, for what no published one can hold: `model_type` mmjax.
 
 The parts keep their published configs and tensor names, below `text_config` / `language_model.` and `vision_config` /
-`vision_tower.`; the connector is ours. Inputs and outputs are those of transformers' llava.
+`vision_tower.`; the connector is ours, and so are blocks of cross-attention. Inputs and outputs are those of transformers' llava.
 """
 
 from __future__ import annotations
@@ -9,15 +9,21 @@ from __future__ import annotations
 import dataclasses
 from typing import get_args
 
+import jax
+import numpy as np
+
 from mmjax import tree
+from mmjax.batch import Batch
 from mmjax.errors import UserError
-from mmjax.families import llava, parts
-from mmjax.families.family import Config
+from mmjax.families import interleaved, language, llava, parts, vision
+from mmjax.families.family import Config, Inputs
 from mmjax.families.fields import Fields
-from mmjax.families.keys import Rule, linear, norm, prefixed, rule, same, transposed
-from mmjax.models import connectors, multimodal
-from mmjax.models.config import MaskKind, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, Stitching
+from mmjax.families.keys import Rule, linear, norm, numbered, prefixed, rule, same, transposed
+from mmjax.models import connectors, gated_cross_attention, multimodal
+from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import Execution, MaskKind, ModelConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, Stitching
+from mmjax.tree import Params
 
 
 def _read(config: Config, where: str) -> ModelConfig:
@@ -34,16 +40,27 @@ def _read(config: Config, where: str) -> ModelConfig:
     tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
     if size := fields.get("image_size", 0):
         tower = tower.at_size(size)
-    language = parts.language(text, f"{where}: text_config").read_config(text, f"{where}: text_config")
+    read = parts.language(text, f"{where}: text_config").read_config(text, f"{where}: text_config")
     return dataclasses.replace(
         tower,
-        llm=language.llm,
+        llm=read.llm,
         connector=shape,
         features=spec,
         image_mean=tuple(fields.need("image_mean")),
         image_std=tuple(fields.need("image_std")),
         mask=_mask(fields),
+        cross_attention=_cross_attention(fields),
     )
+
+
+def _cross_attention(fields: Fields) -> GatedCrossAttentionConfig | None:
+    if not (written := fields.get("cross_attention")):
+        return None
+    try:
+        block = BlockConfig(**written["block"])
+        return GatedCrossAttentionConfig(**{**written, "block": block, "layers": tuple(written["layers"])})
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{fields.where}: cross_attention is not described as it must be: {error}") from error
 
 
 def _mask(fields: Fields) -> MaskKind:
@@ -67,6 +84,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "image_mean": list(config.image_mean),
         "image_std": list(config.image_std),
         "mask": config.mask,
+        **({"cross_attention": dataclasses.asdict(config.cross_attention)} if config.cross_attention is not None else {}),
         "image_token_index": llava.placeholder(base),
     }
 
@@ -78,6 +96,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
         *prefixed("language_model.", parts.language(text, "text_config").rules(config, text)),
         *prefixed("vision_tower.", parts.vision(image, "vision_config").rules(config, image)),
         *connector_rules(config.connector),
+        *_cross_attention_rules(config),
     ]
 
 
@@ -109,13 +128,42 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
 
 def _perceiver_rules(config: ConnectorConfig) -> list[Rule]:
     """`connector.layers.N.` for a layer, and the rest under its own names."""
-    table = []
-    for path, leaf in tree.flatten(multimodal.shapes(ModelConfig(connector=config))).items():
-        *parents, last = path.replace("connector/layers/", "connector/layers/{i}/").split("/")
-        kinds = {"kernel": ("weight", transposed), "scale": ("weight", same)}
-        name, form = kinds.get(last, (last, same))
-        table.append(rule(".".join([*parents, name]), path, form=form))
-    return table
+    paths = tree.flatten(multimodal.shapes(ModelConfig(connector=config)))
+    return [_as_ours(path.replace("connector/layers/", "connector/layers/{i}/"), path) for path in paths]
+
+
+def _cross_attention_rules(config: ModelConfig) -> list[Rule]:
+    """`cross_attention.N.` for what sits before layer N of the language model."""
+    if config.cross_attention is None:
+        return []
+    start = f"llm/plugs/{gated_cross_attention.NAME}/"
+    paths = [path for path in tree.flatten(multimodal.shapes(config)) if path.startswith(start) and "/adapters/" not in path]
+    return numbered(config.cross_attention.layers, [_as_ours(path.replace(start, "cross_attention/{i}/"), path) for path in paths])
+
+
+def _as_ours(name: str, path: str) -> Rule:
+    """A leaf under its own name, dots for slashes, and torch's name and form of weights."""
+    *parents, last = name.split("/")
+    kinds = {"kernel": ("weight", transposed), "scale": ("weight", same)}
+    last, form = kinds.get(last, (last, same))
+    return rule(".".join([*parents, last]), path, form=form)
+
+
+def _batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+    """The batch of foreign inputs; where media are read between the blocks, one token of the text stands for each picture."""
+    if config.cross_attention is None:
+        return llava.batch(config, foreign, inputs)
+    rows = language.text_batch(config, inputs)
+    images = vision.pixels(inputs) if "pixel_values" in inputs else None
+    located = (inputs["input_ids"] == llava.placeholder(foreign)) & (np.asarray(rows.segments) > 0)
+    return interleaved.with_list(rows, images, located)
+
+
+def _outputs(
+    params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
+) -> dict[str, jax.Array]:
+    rows = _batch(config, foreign, inputs)
+    return llava.in_rows(language.run_language(params, rows, config=config, run=run, states=states))
 
 
 FAMILY = dataclasses.replace(
@@ -125,6 +173,8 @@ FAMILY = dataclasses.replace(
     read_config=_read,
     write_config=_write,
     rules=_rules,
+    outputs=_outputs,
+    prompt=_batch,
     spellings=(),
     modules=(),
 )

@@ -49,12 +49,16 @@ class Family:
     complete       (config.json, the stored tensors by name) -> config.json with what only the tensors tell; asked where there
                    are weights
     copies         foreign tensors that may be stored although they are tied to others: name -> original
+    copies_in      the same, where the names depend on config.json: (shapes, config.json) -> name -> original
     unused         regular expressions of foreign tensors that are not weights
     claims         whether a config.json is this family's although its model_type does not say so (or says more)
     sections       config.json -> the configs of its parts, by part ("llm", "vision"); empty where they stand among the others
     folders        config.json -> the sub-folders among which its parts are spread, by part ("llm", "vision", "connector")
     external       config.json -> parts of the model whose weights may be published elsewhere: "vision" -> a directory
                    or repository id
+    partial        of these parts a directory may hold some tensors only, the others being where `external` says
+    tokens         (field of config.json, token whose id it is): asked of the directory's tokenizer where it is absent
+    keeps_rows     the layout keeps vocabulary rows beyond the tables apart
     unneeded       globs of our leaves that the family has no place for because it never uses them
     tiling         (config.json, shapes) -> how pictures are cut where no image processor's file says it; None = not at all
     modules        (regular expression, replacement) from the table's names to those of the modules in memory, which
@@ -72,6 +76,7 @@ class Family:
     spellings: tuple[tuple[str, str], ...] = ()
     complete: Callable[[Config, Mapping[str, Stored]], Config] | None = None
     copies: Callable[[ModelConfig], dict[str, str]] = lambda config: {}
+    copies_in: Callable[[ModelConfig, Config], dict[str, str]] = lambda config, foreign: {}
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$", r"\.position_ids$")
     claims: Callable[[Config], bool] = lambda config: False
     sections: Callable[[Config], dict[str, Config]] = lambda config: {
@@ -80,6 +85,9 @@ class Family:
     }
     folders: Callable[[Config], dict[str, Folder]] = lambda config: {}
     external: Callable[[Config], dict[str, str]] = lambda config: {}
+    partial: tuple[str, ...] = ()
+    tokens: tuple[tuple[str, str], ...] = ()
+    keeps_rows: bool = False
     unneeded: tuple[str, ...] = ()
     tiling: Callable[[Config, ModelConfig], Tiling | None] = lambda foreign, config: None
     modules: tuple[tuple[str, str], ...] = ()

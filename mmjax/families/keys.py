@@ -90,6 +90,7 @@ class Rule:
     """The foreign tensor(s) `name` hold the leaves `paths`, in this form, one after another on the foreign axis `axis`.
 
     groups   into how many equal runs that axis is cut, each of which holds its share of every leaf (GPT-NeoX: one for each head)
+    numbers  what `{i}` is for the 1st, 2nd, ... row of the leaf, where that is not 0, 1, ... (a plug's layers)
     """
 
     name: str
@@ -97,6 +98,7 @@ class Rule:
     form: Form = same
     axis: int = 0
     groups: int = 1
+    numbers: tuple[int, ...] = ()
 
     @property
     def stacked(self) -> int:
@@ -112,8 +114,12 @@ class Rule:
         axes = [axis for axis in ("{i}", "{e}") if axis in self.name]
         name = self.name
         for axis, i in zip(axes, at):
-            name = name.replace(axis, str(i))
+            name = name.replace(axis, str(self.number(i) if axis == "{i}" else i))
         return name
+
+    def number(self, row: int) -> int:
+        """What `{i}` is for this row of the leaf."""
+        return self.numbers[row] if self.numbers else row
 
 
 def rule(name: str, *paths: str, form: Form = same, axis: int = 0, groups: int = 1) -> Rule:
@@ -130,6 +136,11 @@ def norm(name: str, path: str, bias: bool = True) -> list[Rule]:
     """The rules of a norm: `name`.weight and `name`.bias."""
     rules = [rule(f"{name}.weight", f"{path}/scale")]
     return rules + [rule(f"{name}.bias", f"{path}/bias")] if bias else rules
+
+
+def numbered(numbers: tuple[int, ...], rules: Iterable[Rule]) -> list[Rule]:
+    """The same rules for leaves whose rows are these layers."""
+    return [dataclasses.replace(r, numbers=numbers) if "{i}" in r.name else r for r in rules]
 
 
 def prefixed(prefix: str, rules: Iterable[Rule]) -> list[Rule]:

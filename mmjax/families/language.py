@@ -118,10 +118,11 @@ def run_language(
         features, connected = media_features(params, config, batch, run)
         names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
         found.update(zip(names, features))
-        batch = dataclasses.replace(batch, images=None, features=connected[None])
+        connected = connected.reshape(*batch.images.shape[:-3], *connected.shape[1:])
+        batch = dataclasses.replace(batch, images=None, features=connected)
         media = multimodal.encode_media(params, config, batch, run)
         assert media is not None
-        found["connector_output"] = media[0]
+        found["connector_output"] = media.reshape(-1, *media.shape[2:])
     assert config.llm is not None
     reading = multimodal.read(params, config, batch, run)
     decoded = multimodal.decode_reading(params, config, reading, run, return_states=states)
@@ -140,12 +141,15 @@ def run_language(
 def media_features(
     params: Params, config: ModelConfig, batch: Batch, run: Execution
 ) -> tuple[list[jax.Array], jax.Array]:
-    """The encoder's states of the feature layers with what stands before the patches, and what the connector reads."""
+    """The encoder's states of the feature layers with what stands before the patches, and what the connector reads: of all
+    pictures one after another."""
     assert batch.images is not None
     images = jnp.asarray(batch.images)
     if not isinstance(config.vision, ViTConfig) or config.features.pooled:
-        found = multimodal.vision_features(params, config, images, run)[0]
+        found = multimodal.vision_features(params, config, images, run)
+        found = found.reshape(-1, *found.shape[-2:])
         return [found], found
     spec = dataclasses.replace(config.features, keep_class_token=True, keep_registers=True)
-    whole = multimodal.vision_features(params, dataclasses.replace(config, features=spec), images, run)[0]
+    whole = multimodal.vision_features(params, dataclasses.replace(config, features=spec), images, run)
+    whole = whole.reshape(-1, *whole.shape[-2:])
     return jnp.split(whole, len(spec.layers), -1), vit.kept(config.vision, config.features, whole)

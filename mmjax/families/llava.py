@@ -97,6 +97,8 @@ def expressible(config: ModelConfig, text: Config, image: Config, merge: Merge =
         return "it needs a language model, a vision transformer and a connector"
     if config.mask != "causal":
         return f"its mask is causal, not {config.mask!r}"
+    if config.cross_attention is not None:
+        return "its language model reads media as tokens of the text, not between its blocks"
     if c.kind != "mlp" or c.depth != 2 or c.hidden_width not in (0, c.out_width) or c.grid or _normed(c):
         return "its connector is a two-layer MLP as wide as the language model, over every position"
     if image["model_type"] not in FIXED_SIZE + ANY_SIZE:
@@ -198,6 +200,11 @@ def _outputs(
     params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
 ) -> dict[str, jax.Array]:
     found = language.run_language(params, batch(config, foreign, inputs), config=config, run=run, states=states)
+    return in_rows(found)
+
+
+def in_rows(found: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The outputs with the connector's as rows of tokens, as transformers has them."""
     if "connector_output" in found:
         connected = found["connector_output"]
         found["connector_output"] = found["image_hidden_states"] = connected.reshape(-1, connected.shape[-1])

@@ -127,6 +127,8 @@ def expressible(config: ModelConfig, cut: Tiling | None = None) -> str:
         return "it needs a language model, a vision transformer and a connector"
     if config.mask != "causal":
         return f"its mask is causal, not {config.mask!r}"
+    if config.cross_attention is not None:
+        return "its language model reads media as tokens of the text, not between its blocks"
     if (
         c.kind not in ("linear", "mlp", "identity")
         or c.hidden_width not in (0, c.out_width)

@@ -29,6 +29,7 @@ Params = dict[str, Any]
 Ended = Callable[[np.ndarray], int | None]
 """From a row's new ids to how many of them its answer is, None where it goes on (see mmjax.inference.stopping)."""
 
+CROSSED = ("begun", "media_seen")  # fields that say of each position which media the blocks' cross-attention shows it
 ROOM = 32  # the number of new tokens is rounded up to a multiple, so that few lengths are compiled
 LOOK = 8  # tokens between two looks for stop strings
 
@@ -107,14 +108,14 @@ def _states(
     key = jax.random.key(sampling.seed)
     static = dataclasses.replace(sampling, seed=0, max_new_tokens=max(1, -(-limit // ROOM)) * ROOM)
     crossing = _crossing(config.language, longest)
-    state, memory = _start(params, batch, key, jnp.int32(limit), config, static, run, return_scores)
+    state, remembered = _start(params, batch, key, jnp.int32(limit), config, static, run, return_scores)
     for look in looks:
         if crossing and int(state.step) <= crossing <= look:
-            state = _advance(params, memory, state, jnp.int32(crossing), config, static, run)
+            state = _advance(params, remembered, state, jnp.int32(crossing), config, static, run)
             if int(state.step) == crossing and bool(state.open):
                 again = pad_prompt(_extended(batch, np.asarray(state.written[:, :crossing])))
                 state = _restart(params, divided(params, again), state, config, static, run)
-        state = _advance(params, memory, state, jnp.int32(look), config, static, run)
+        state = _advance(params, remembered, state, jnp.int32(look), config, static, run)
         if ended and isinstance(state, Rows):
             state = _cut(state, ended, sampling.pad)
         yield state
@@ -140,6 +141,7 @@ def repeated(batch: Batch, times: int) -> Batch:
     if times == 1:
         return batch
     in_rows = ("tokens", "segments", "positions", "spans", "media", "decoder_tokens", "decoder_segments")
+    in_rows = (*in_rows, *CROSSED, "row_media", "media_segments")
     fields = {name: np.repeat(getattr(batch, name), times, 0) for name in in_rows if getattr(batch, name) is not None}
     return dataclasses.replace(batch, **fields)
 
@@ -150,6 +152,7 @@ def pad_prompt(batch: Batch) -> Batch:
     fields = {"tokens": (batch.tokens, 0), "segments": (batch.segments, 0), "positions": (batch.positions, 0), "media": (media, -1)}
     if batch.spans is not None:
         fields["spans"] = (batch.spans, 0)
+    fields |= {name: (getattr(batch, name), 0) for name in CROSSED if getattr(batch, name) is not None}
     out = _padded_left(fields, np.asarray(batch.segments), 32)
     if batch.decoder_tokens is not None:
         fields = {name: (getattr(batch, name), 0) for name in ("decoder_tokens", "decoder_segments")}
@@ -202,6 +205,9 @@ def _extended(batch: Batch, tokens: np.ndarray) -> Batch:
     }
     if batch.spans is not None:
         more["spans"] = np.zeros_like(tokens)
+    for name in CROSSED:
+        if (given := getattr(batch, name)) is not None:
+            more[name] = np.repeat(given[:, -1:], tokens.shape[1], 1)
     return dataclasses.replace(batch, **{name: np.concatenate([getattr(batch, name), new], 1) for name, new in more.items()})
 
 
@@ -218,14 +224,15 @@ def _cut(state: Rows, ended: Ended, pad: int) -> Rows:
 
 def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, room: int):
     """Logits of the first new token [rows, vocab]; the filled cache with so much room, position and segment of the last token
-    [rows]; an encoder-decoder's memory."""
-    reading = multimodal.read(params, config, batch, run)
+    [rows]; what is remembered for the others."""
+    reading = multimodal.remember(params, config, multimodal.read(params, config, batch, run))
     rows, length = reading.segments.shape
     cache = decoder.empty_cache(config.language, rows, length + room, run.dtype)
     out = multimodal.decode_reading(params, config, reading, run, cache=cache)
     logits = multimodal.head(params, config, out.last[:, -1])
     prompt = {"cache": out.cache, "position": reading.positions[:, -1], "segment": reading.segments[:, -1]}
-    return logits, prompt, reading.memory
+    media = reading.media.at_end() if reading.media is not None else None
+    return logits, prompt, multimodal.Remembered(reading.memory, media)
 
 
 def _seen(batch: Batch, vocab: int) -> jax.Array:
@@ -247,25 +254,23 @@ def _start(
     sampling: Sampling,
     run: Execution,
     return_scores: bool,
-) -> tuple[Rows | Beams, decoder.Memory | None]:
+) -> tuple[Rows | Beams, multimodal.Remembered]:
     """The state with the first token."""
     room, copies = sampling.max_new_tokens, sampling.num_beams
-    logits, prompt, memory = _prefill(params, batch, config, run, room)
+    logits, prompt, remembered = _prefill(params, batch, config, run, room)
     rows, vocab = logits.shape
     prompt["seen"] = _seen(batch, vocab) if sampling.repetition_penalty != 1.0 else jnp.zeros((rows, 0), bool)
     if copies == 1:
         scores = jnp.zeros((rows, room if return_scores else 0, vocab))
-        return Rows.start(sampling, key, scores, limit=limit, **prompt).take(logits, sampling), memory
+        return Rows.start(sampling, key, scores, limit=limit, **prompt).take(logits, sampling), remembered
 
     def widen(x: jax.Array, axis: int = 0) -> jax.Array:
         return jnp.repeat(x, copies, axis)
 
     cache = prompt.pop("cache")
     wide = cache._replace(keys=widen(cache.keys, 1), values=widen(cache.values, 1), segments=widen(cache.segments))
-    if memory is not None:
-        memory = decoder.Memory(widen(memory.keys, 1), widen(memory.values, 1), widen(memory.segments))
     state = Beams.start(sampling, limit=limit, cache=wide, **jax.tree.map(widen, prompt))
-    return state.take(widen(logits), sampling), memory
+    return state.take(widen(logits), sampling), remembered.repeated(copies)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "run"), donate_argnums=(2,))
@@ -280,7 +285,7 @@ def _restart(
 @functools.partial(jax.jit, static_argnames=("config", "sampling", "run"), donate_argnums=(2,))
 def _advance(
     params: Params,
-    memory: decoder.Memory | None,
+    remembered: multimodal.Remembered,
     state: Rows | Beams,
     stop: jax.Array,
     config: ModelConfig,
@@ -291,7 +296,7 @@ def _advance(
 
     def one(state):
         last = jax.lax.dynamic_index_in_dim(state.written, state.step - 1, 1, keepdims=False)
-        logits, cache = multimodal.decode_token(params, config, state.cache, last, state.position, state.segment, run, memory)
+        logits, cache = multimodal.decode_token(params, config, state.cache, last, state.position, state.segment, run, remembered)
         return state._replace(cache=cache).take(logits, sampling)
 
     return jax.lax.while_loop(lambda state: (state.step < stop) & state.open, one, state)

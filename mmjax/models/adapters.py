@@ -30,8 +30,8 @@ def linears(params: Params, adapter: LoraConfig) -> list[str]:
 
 
 def has_port(path: str) -> bool:
-    """Whether the Linear at a path reads adapters: those of blocks and connectors do, but not routers, heads or embeddings."""
-    return ("/layers/" in path or path.startswith("connector/")) and "/router" not in path
+    """Whether the Linear at a path reads adapters: those of blocks, plugs and connectors do, but not routers, heads or embeddings."""
+    return (tree.is_stacked(path) or path.startswith("connector/")) and "/router" not in path
 
 
 def add_lora(key: jax.Array, params: Params, config: ModelConfig) -> Params:

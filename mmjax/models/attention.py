@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["query_segments", "key_segments", "query_spans", "key_spans", "query_media", "key_media", "offset"],
+    data_fields=["query_segments", "key_segments", "query_spans", "key_spans", "query_media", "key_media", "seen_media", "offset"],
     meta_fields=["causal", "window", "windowed_spans", "last_media_only", "free_keys"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Mask:
     windowed_spans   ... within the window; else whatever that says, too
     query/key_media      int; query: number of media begun so far (0 = none), key: which medium it belongs to, from 1.
                          A query sees all media begun, or with `last_media_only` the latest one (Flamingo, arXiv 2204.14198)
+    seen_media       bool [rows, T, media], in the place of query_media: which media each query sees, be they what they may
     free_keys        the first so many keys are seen by all (prefix tuning); slots are counted after them
     """
 
@@ -41,6 +42,7 @@ class Mask:
     key_spans: Any = None
     query_media: Any = None
     key_media: Any = None
+    seen_media: Any = None
     last_media_only: bool = False
     offset: jax.Array | int = 0
     free_keys: int = 0
@@ -66,6 +68,10 @@ class Mask:
         if self.query_media is not None:
             q, k = self.query_media[:, :, None], self.key_media[:, None, :]
             allowed = allowed & (k > 0) & ((k == q) if self.last_media_only else (k <= q))
+        if self.seen_media is not None:
+            number = self.key_media[:, None, :]
+            seen = jnp.take_along_axis(jnp.asarray(self.seen_media) > 0, jnp.maximum(number - 1, 0), 2)
+            allowed = allowed & (number > 0) & seen
         if self.free_keys:
             free = jnp.ones((*allowed.shape[:2], self.free_keys), bool)
             allowed = jnp.concatenate([free, allowed], -1)

@@ -14,7 +14,7 @@ from mmjax.models.attention import Mask, attention
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import LoraConfig
 from mmjax.models.experts import MixtureOfExperts
-from mmjax.models.layers import MLP, Linear, Norm, dropped
+from mmjax.models.layers import MLP, Linear, Norm, apply, dropped
 from mmjax.models.rope import rotate
 
 KeysValues = tuple[jax.Array, jax.Array]
@@ -109,7 +109,7 @@ class Attention(nn.Module):
 
 class CrossAttention(nn.Module):
     """Attention of x [rows, T, width] to a memory's keys and values; its own projections of the memory stand beside, at `key`
-    and `value`, and are used by `memory_keys_values`."""
+    and `value` (and `key_norm`), and are used by `memory_keys_values`."""
 
     config: BlockConfig
     adapters: tuple[LoraConfig, ...] = ()
@@ -126,8 +126,12 @@ class CrossAttention(nn.Module):
         if self.is_initializing():
             for name in ("key", "value"):
                 linear(name, c.kv_heads * c.head_dim, c.qkv_bias)(jnp.zeros((1, c.memory_width), x.dtype))
+            if c.qk_norm:
+                _qk_norm(c, "key_norm")(jnp.zeros((1, c.head_dim), x.dtype))
         query = linear("query", c.heads * c.head_dim, c.qkv_bias)(x)
         query = query.reshape(*query.shape[:-1], c.heads, c.head_dim)
+        if c.qk_norm:
+            query = _qk_norm(c, "query_norm")(query)
         y = attention(query, key, value, mask, scale=c.scale or None, backend=self.backend)
         return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
 
@@ -144,7 +148,17 @@ def memory_keys_values(
         y: Any = Linear(width, config.qkv_bias, adapters).apply(leaves, states)
         return y.reshape(*y.shape[:-1], config.kv_heads, config.head_dim)
 
-    return project("key"), project("value")
+    keys = project("key")
+    if config.qk_norm:
+        keys = apply(_qk_norm(config), layer["cross_attention"]["key_norm"], keys)
+    return keys, project("value")
+
+
+def _qk_norm(config: BlockConfig, name: str | None = None) -> Norm:
+    """Of a cross-attention's queries or keys, over the channels of each head."""
+    if config.qk_norm_over != "head":
+        raise ValueError("a cross-attention norms queries and keys over each head, not over all of their channels")
+    return Norm(config.qk_norm, config.qk_norm_eps or config.norm_eps, name=name)  # type: ignore[arg-type]
 
 
 class Block(nn.Module):

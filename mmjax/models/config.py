@@ -17,6 +17,7 @@ from mmjax.models.encoder_config import (
     ConnectorConfig,
     EncoderConfig,
     FeatureSpec,
+    GatedCrossAttentionConfig,
     TextTowerConfig,
     ViTConfig,
 )
@@ -132,6 +133,7 @@ class ModelConfig:
     vision: EncoderConfig | None = None
     text: TextTowerConfig | None = None  # the text half of a two-tower model
     connector: ConnectorConfig | None = None
+    cross_attention: GatedCrossAttentionConfig | None = None  # media are read between the LLM's blocks, not spliced
     features: FeatureSpec = FeatureSpec()
     adapters: tuple[LoraConfig, ...] = ()
     logit_bias: bool = False  # SigLIP's two-tower logits carry a bias beside the scale
@@ -156,6 +158,9 @@ class ModelConfig:
 
     @property
     def tokens_per_tile(self) -> int:
+        """Positions of the text that one tile takes: those of its tokens, or of the one that stands for it."""
+        if self.cross_attention is not None:
+            return 1
         return self.connector.tokens if self.connector else 0
 
     def at_size(self, size: int) -> ModelConfig:

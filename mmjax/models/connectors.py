@@ -55,10 +55,16 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
 
 
 def connect(
-    params: Params, config: ConnectorConfig, features: jax.Array, adapters=(), run: Execution = Execution()
+    params: Params,
+    config: ConnectorConfig,
+    features: jax.Array,
+    adapters=(),
+    run: Execution = Execution(),
+    frames: bool = False,
 ) -> jax.Array:
     """Features [..., positions, in_width], or what `pool` made of them -> [..., tokens, out_width].
 
+    frames   they are [..., frames, positions, in_width], and a perceiver makes the tokens of all frames together
     Raises ValueError when the features have another number of positions or width than the connector was made for.
     """
     if features.shape[-2:] == (config.positions, config.in_width):
@@ -68,8 +74,11 @@ def connect(
             f"the connector was made for features of {config.positions} positions x {config.in_width} channels, "
             f"the encoder gives {features.shape[-2]} x {features.shape[-1]}"
         )
+    if frames and not config.resamples:
+        raise ValueError(f"a {config.kind} connector reads single pictures, not the frames of a medium together")
     if config.resamples:
-        return perceiver.resample(params, config, features[..., None, None, :, :], None, adapters, run)[..., 0, :, :]
+        media = features[..., None, :, :, :] if frames else features[..., None, None, :, :]
+        return perceiver.resample(params, config, media, None, adapters, run)[..., 0, :, :]
     x = group(config, features)
     if config.input_norm:
         x = apply(_norm(config), params["input_norm"], x)

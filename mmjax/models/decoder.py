@@ -160,7 +160,7 @@ def decode(
     rows: prompts are padded on the left) and attention runs over all slots; what is in it already is in nobody's span. Without a
     `dropout_key` nothing is dropped, in blocks or adapters.
     """
-    period = len(config.windows)
+    period = ports.period(plugs, len(config.windows), config.layers)
     turns = _rotations(config, positions)
     mask = dataclasses.replace(mask, causal=config.causal, query_segments=segments, key_segments=segments)
     slot: Any = 0
@@ -193,8 +193,8 @@ def decode(
             return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(key.dtype) for a in stored)
 
         around = Surroundings(
-            mask=dataclasses.replace(mask, window=config.windows[j]),
-            rotation=turns[j],
+            mask=dataclasses.replace(mask, window=config.windows[j % len(config.windows)]),
+            rotation=turns[j % len(turns)],
             bias=bias,
             store=store if cache is not None else None,
             memory=None if memory is None else (*remembered, _memory_mask(memory, segments)),

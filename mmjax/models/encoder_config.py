@@ -207,9 +207,11 @@ class ConnectorConfig:
     squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
     token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
     heads, head_dim   of a perceiver; head_dim 0 = hidden_width / heads
+    widening       how much wider a perceiver's MLPs are than its latents
     frames         embeddings of a video's frames: a perceiver's own, else added to the features of each frame (GIT); 0 = none
     media          a perceiver's embeddings of a text's media; 0 = none
     merge          how the tokens of a picture's tiles become those of the picture (see mmjax.data.picture_tokens)
+    qk_norm        a layer norm over each head's queries and keys in a perceiver (IDEFICS)
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
@@ -232,11 +234,13 @@ class ConnectorConfig:
     squeeze_width: int = 0
     token_order: Literal["rows", "columns"] = "rows"
     latents: int = 64
+    widening: int = 4
     heads: int = 8
     head_dim: int = 0
     frames: int = 0
     media: int = 0
     merge: Merge = "flat"
+    qk_norm: bool = False
 
     @property
     def newline(self) -> bool:
@@ -275,10 +279,12 @@ class GatedCrossAttentionConfig:
     """Gated cross-attention between a language model's blocks (arXiv 2204.14198); see mmjax.models.gated_cross_attention.
 
     block             its shapes; `memory_width` is that of the media tokens. No output bias: what sees nothing gets nothing
+    layers            the decoder layers before which it sits, ascending
     last_media_only   a text position sees the latest medium begun, not all of them
     vector_gates      a gate for each channel instead of one for all (IDEFICS)
     """
 
     block: BlockConfig
+    layers: tuple[int, ...] = ()
     last_media_only: bool = True
     vector_gates: bool = False

@@ -47,6 +47,7 @@ def remember(
     def body(states, layer, j, index, extra):
         return states, memory_keys_values(layer, config.block, states, adapters)
 
-    projections = {"cross_attention": {name: params["layers"]["cross_attention"][name] for name in ("key", "value")}}
+    crossed = params["layers"]["cross_attention"]
+    projections = {"cross_attention": {name: crossed[name] for name in ("key", "value", "key_norm") if name in crossed}}
     _, (keys, values) = run_stack(body, states, projections, layers=config.layers, run=run)
     return Memory(keys, values, segments)

@@ -4,13 +4,14 @@
     z = y + tanh(gate') * mlp(norm'(y))
 
 Gates start at 0, so that a language model with fresh cross-attention is the language model. `plug` puts it before some
-of the decoder's blocks; what a position of text may see is a Mask over media (`media_begun`, `media_mask`), and one that
-may see none gets nothing from the attention.
+of the decoder's blocks, with its leaves at llm/plugs/cross_attention; what a position of text may see is a Mask over media
+(`media_begun`, `media_mask`), and one that may see none gets nothing from the attention. The MLP acts on all text alike.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,27 +27,62 @@ from mmjax.models.stack import init_stack
 
 Params = dict[str, Any]
 Memory = tuple[jax.Array, jax.Array, Mask]  # keys and values [rows, S, kv_heads, dim] of the media, and who sees them
+NAME = "cross_attention"  # of the plug
+
+
+class Media(NamedTuple):
+    """What a batch's cross-attention reads: `tokens` [rows, media, tokens, memory_width] and who sees them; for a whole generation
+    the keys and values that the layers make of them, [layers, rows, media * tokens, kv_heads, head_dim] (see `remember`)."""
+
+    tokens: jax.Array
+    mask: Mask
+    keys: jax.Array | None = None
+    values: jax.Array | None = None
+
+    def at_end(self) -> Media:
+        """The same for what follows the text: it sees what the last position sees."""
+        last = {
+            name: getattr(self.mask, name)[:, -1:]
+            for name in ("query_segments", "query_media", "seen_media")
+            if getattr(self.mask, name) is not None
+        }
+        return self._replace(mask=dataclasses.replace(self.mask, **last))
+
+    def repeated(self, times: int) -> Media:
+        """Every row so many times, one after another."""
+        tokens, mask = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 0), (self.tokens, dataclasses.replace(self.mask, offset=None)))
+        keys, values = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 1), (self.keys, self.values))
+        return Media(tokens, dataclasses.replace(mask, offset=0), keys, values)
 
 
 def plug(
-    name: str,
-    layers: tuple[int, ...],
     config: GatedCrossAttentionConfig,
-    media: jax.Array,
-    mask: Mask,
+    media: Media | None,
     adapters: tuple[LoraConfig, ...] = (),
     run: Execution = Execution(),
 ) -> ports.Plug:
-    """Cross-attention to media [rows, media, tokens, memory_width] before each of these layers of the decoder.
-
-    Its leaves are those of `init_layers`, or of `remember`, which then are read in the media's place.
-    """
+    """Cross-attention to these media (None: the text has none) before each of config.layers of the decoder."""
 
     def call(params: Params, x: jax.Array) -> jax.Array:
-        held = (params["keys"], params["values"]) if "keys" in params else keys_values(params, config, media, adapters)
-        return cross(params, config, x, (*held, mask), adapters, run)
+        if media is None:
+            return cross(params, config, x, None, adapters, run)
+        held = (params["keys"], params["values"]) if "keys" in params else keys_values(params, config, media.tokens, adapters)
+        return cross(params, config, x, (*held, media.mask), adapters, run)
 
-    return ports.Plug(name, "before", layers, call)
+    return ports.Plug(NAME, "before", config.layers, call)
+
+
+def plugged(leaves: Params, media: Media | None) -> Params:
+    """The leaves [layers, ...] that the plug is given: with the keys and values that are remembered beside them."""
+    return leaves if media is None or media.keys is None else {**leaves, "keys": media.keys, "values": media.values}
+
+
+def remember(
+    leaves: Params, config: GatedCrossAttentionConfig, media: Media, adapters: tuple[LoraConfig, ...] = ()
+) -> Media:
+    """The media with every layer's keys and values, which stay the same while tokens are generated."""
+    keys, values = jax.vmap(lambda layer: keys_values(layer, config, media.tokens, adapters))(leaves)
+    return media._replace(keys=keys, values=values)
 
 
 def init_layers(key: jax.Array, config: GatedCrossAttentionConfig, layers: int) -> Params:
@@ -74,12 +110,13 @@ def cross(
     params: Params,
     config: GatedCrossAttentionConfig,
     x: jax.Array,
-    memory: Memory,
+    memory: Memory | None,
     adapters: tuple[LoraConfig, ...] = (),
     run: Execution = Execution(),
 ) -> jax.Array:
-    """x [rows, T, width] -> the same, with what it reads of the media."""
-    x = x + _gate(params["cross_attention_gate"], x) * read(params, config, x, memory, adapters, run)
+    """x [rows, T, width] -> the same, with what it reads of the media (None: there are none)."""
+    if memory is not None:
+        x = x + _gate(params["cross_attention_gate"], x) * read(params, config, x, memory, adapters, run)
     change = apply(_mlp(config.block, adapters), params["mlp"], apply(_norm(config.block), params["mlp_norm"], x))
     return x + _gate(params["mlp_gate"], x) * change
 
@@ -102,17 +139,8 @@ def read(
 def keys_values(
     params: Params, config: GatedCrossAttentionConfig, media: jax.Array, adapters: tuple[LoraConfig, ...] = ()
 ) -> KeysValues:
-    """Keys and values [rows, media * tokens, kv_heads, dim] of media [rows, media, tokens, memory_width]. They stay the
-    same while tokens are generated."""
+    """Keys and values [rows, media * tokens, kv_heads, dim] of media [rows, media, tokens, memory_width]."""
     return memory_keys_values(params, config.block, media.reshape(media.shape[0], -1, media.shape[-1]), adapters)
-
-
-def remember(
-    leaves: Params, config: GatedCrossAttentionConfig, media: jax.Array, adapters: tuple[LoraConfig, ...] = ()
-) -> Params:
-    """The leaves [layers, ...] of a plug with every layer's `keys_values` beside them, for a whole generation."""
-    keys, values = jax.vmap(lambda layer: keys_values(layer, config, media, adapters))(leaves)
-    return {**leaves, "keys": keys, "values": values}
 
 
 def media_begun(locations: jax.Array, following: bool = False) -> jax.Array:
@@ -130,17 +158,28 @@ def media_begun(locations: jax.Array, following: bool = False) -> jax.Array:
 
 
 def media_mask(
-    config: GatedCrossAttentionConfig, begun: jax.Array, media: int, tokens: int, present: jax.Array | None = None
+    config: GatedCrossAttentionConfig,
+    begun: jax.Array,
+    media: int,
+    tokens: int,
+    present: jax.Array | None = None,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    seen: jax.Array | None = None,
 ) -> Mask:
     """Which of `media` media of `tokens` tokens each the positions see that `media_begun` numbered.
 
-    present   bool [rows, media]: false = padding, which nothing sees
+    present    bool [rows, media]: false = padding, which nothing sees
+    segments   int [rows, T] and [rows, media]: the packed sample of each position and each medium
+    seen       bool [rows, T, media], in the place of `begun`
     """
     number = jnp.broadcast_to(jnp.arange(1, media + 1), (begun.shape[0], media))
     if present is not None:
         number = jnp.where(present, number, 0)
-    key_media = jnp.repeat(number, tokens, 1)
-    return Mask(causal=False, query_media=begun, key_media=key_media, last_media_only=config.last_media_only)
+    ids: dict[str, Any] = {"key_media": jnp.repeat(number, tokens, 1)}
+    ids |= {"query_media": begun} if seen is None else {"seen_media": seen}
+    if segments is not None:
+        ids |= {"query_segments": segments[0], "key_segments": jnp.repeat(segments[1], tokens, 1)}
+    return Mask(causal=False, last_media_only=config.last_media_only, **ids)
 
 
 def _gate(gate: jax.Array, x: jax.Array) -> jax.Array:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.models import adapters as lora
-from mmjax.models import connectors, decoder, encoder_decoder, mobilenet_v2, text_tower, vit
+from mmjax.models import connectors, decoder, encoder_decoder, gated_cross_attention, mobilenet_v2, text_tower, vit
 from mmjax.models.attention import Mask
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
@@ -37,6 +37,9 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
         params["connector"] = connectors.init(keys[2], config.connector)
     if config.llm is not None:
         params["llm"] = decoder.init(keys[3], config.llm)
+    if (crossed := config.cross_attention) is not None:
+        leaves = gated_cross_attention.init_layers(jax.random.fold_in(key, 5), crossed, len(crossed.layers))
+        params["llm"] = {**params.get("llm", {}), "plugs": {gated_cross_attention.NAME: leaves}}
     return lora.add_lora(keys[4], params, config)
 
 
@@ -62,8 +65,8 @@ def vision_features(params: Params, config: ModelConfig, images: jax.Array, run:
 
 
 def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array | None:
-    """The media tokens of a batch, [groups, tiles (or pictures whose tiles are stitched), tokens, LLM width]; None for a batch without
-    media."""
+    """The media tokens of a batch, [groups, tiles (or pictures whose tiles are stitched), tokens, the connector's out_width]; None for
+    a batch without media."""
     if batch.features is not None:
         features = batch.features.astype(run.dtype)
     elif batch.images is not None:
@@ -77,7 +80,9 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         features = connectors.with_frames(params["connector"], config.connector, features, batch.frames)
     if config.features.stitching is not None:
         features = stitch(config.features.stitching, features, batch.grids)
-    return connectors.connect(params["connector"], config.connector, features.astype(run.dtype), config.adapters, run)
+    features = features.astype(run.dtype)
+    leaves = params.get("connector", {})  # the identity has none
+    return connectors.connect(leaves, config.connector, features, config.adapters, run, frames=features.ndim == 5)
 
 
 def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:
@@ -87,7 +92,7 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
     features cross devices when groups and rows are sharded alike.
     """
     x = decoder.embed(params["llm"], config.language, batch.tokens, run)
-    media = encode_media(params, config, batch, run)
+    media = encode_media(params, config, batch, run) if config.cross_attention is None else None
     if media is None:
         return x
     groups, tiles, tokens, width = media.shape
@@ -100,10 +105,26 @@ def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> 
     return jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x)
 
 
+def crossed_media(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> gated_cross_attention.Media | None:
+    """The media that the blocks' cross-attention reads, brought from the groups to the rows; None for a batch without media."""
+    tokens = encode_media(params, config, batch, run) if batch.row_media is not None else None
+    if tokens is None or config.cross_attention is None:
+        return None
+    rows, count = batch.row_media.shape
+    index = jnp.asarray(batch.row_media).reshape(len(tokens), -1, count)
+    tokens = jax.vmap(lambda tiles, i: tiles[i])(tokens, jnp.maximum(index, 0)).reshape(rows, count, *tokens.shape[2:])
+    segments = (jnp.asarray(batch.segments), jnp.asarray(batch.media_segments))
+    present = jnp.asarray(batch.row_media) >= 0
+    seen = None if batch.media_seen is None else jnp.asarray(batch.media_seen)
+    begun = jnp.asarray(batch.begun)
+    mask = gated_cross_attention.media_mask(config.cross_attention, begun, count, tokens.shape[2], present, segments, seen)
+    return gated_cross_attention.Media(tokens, mask)
+
+
 class Reading(NamedTuple):
-    """What the LLM's decoder is run on: embeddings x [rows, T, input width], int segments and positions [rows, T], and of an
+    """What the LLM's decoder is run on: embeddings x [rows, T, input width], int segments and positions [rows, T]; of an
     encoder-decoder the memory of what its encoder read, with the encoder's own outputs; `spans` of the batch, and which positions
-    hold media tokens, bool [rows, T]."""
+    hold media tokens, bool [rows, T]; the media of a cross-attention."""
 
     x: jax.Array
     segments: jax.Array
@@ -112,6 +133,23 @@ class Reading(NamedTuple):
     encoded: decoder.Decoded | None = None
     spans: jax.Array | None = None
     is_media: jax.Array | None = None
+    media: gated_cross_attention.Media | None = None
+
+
+class Remembered(NamedTuple):
+    """What stays the same while tokens are generated: what an encoder-decoder's encoder has read, and what the blocks'
+    cross-attention makes of the media."""
+
+    memory: decoder.Memory | None = None
+    media: gated_cross_attention.Media | None = None
+
+    def repeated(self, times: int) -> Remembered:
+        """Every row so many times, one after another."""
+        memory = self.memory
+        if memory is not None:
+            keys, values = jnp.repeat(memory.keys, times, 1), jnp.repeat(memory.values, times, 1)
+            memory = decoder.Memory(keys, values, jnp.repeat(memory.segments, times, 0))
+        return Remembered(memory, self.media.repeated(times) if self.media is not None else None)
 
 
 def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **settings: Any) -> Reading:
@@ -120,7 +158,8 @@ def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **se
     x = embed(params, config, batch, run)
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
-        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media)
+        media = crossed_media(params, config, batch, run)
+        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=media)
     llm, leaves = config.language, params["llm"]
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
     encoded = encoder_decoder.encode(leaves, llm, x, segments=batch.segments, positions=batch.positions, **more, **settings)
@@ -141,8 +180,13 @@ def positions_within(segments: jax.Array) -> jax.Array:
 
 def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: Execution, **settings: Any) -> decoder.Decoded:
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode."""
+    llm, plugs = params["llm"], ()
+    if config.cross_attention is not None:
+        plugs = (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
+        leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)
+        llm = {**llm, "plugs": {**llm["plugs"], gated_cross_attention.NAME: leaves}}
     return decoder.decode(
-        params["llm"],
+        llm,
         config.language,
         reading.x,
         segments=reading.segments,
@@ -152,8 +196,17 @@ def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: E
         is_media=reading.is_media,
         run=run,
         adapters=config.adapters,
+        plugs=plugs,
         **settings,
     )
+
+
+def remember(params: Params, config: ModelConfig, reading: Reading) -> Reading:
+    """The reading with what its decoder would otherwise compute of the media for every token anew."""
+    if config.cross_attention is None or reading.media is None:
+        return reading
+    leaves = params["llm"]["plugs"][gated_cross_attention.NAME]
+    return reading._replace(media=gated_cross_attention.remember(leaves, config.cross_attention, reading.media, config.adapters))
 
 
 def decode(
@@ -186,15 +239,14 @@ def decode_token(
     position: jax.Array,
     segment: jax.Array,
     run: Execution,
-    memory: decoder.Memory | None = None,
+    remembered: Remembered = Remembered(),
 ) -> tuple[jax.Array, decoder.Cache]:
     """One token a row through the LLM: float32 logits [rows, vocab] of the next one, and the cache.
 
     token, position, segment   int32 [rows]
-    memory                     what an encoder-decoder's encoder has read
     """
     x = decoder.embed(params["llm"], config.language, token[:, None], run)
-    reading = Reading(x, segment[:, None], position[:, None], memory)
+    reading = Reading(x, segment[:, None], position[:, None], remembered.memory, media=remembered.media)
     out = decode_reading(params, config, reading, run, cache=cache)
     assert out.cache is not None
     return head(params, config, out.last[:, 0]), out.cache

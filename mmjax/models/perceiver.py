@@ -113,13 +113,13 @@ def resample(
 
 
 def block_config(config: ConnectorConfig) -> BlockConfig:
-    """A layer's shapes. MLPs are four times as wide as the latents."""
+    """A layer's shapes."""
     return BlockConfig(
         width=config.inner_width,
         heads=config.heads,
         kv_heads=config.heads,
         head_dim=config.head_dim or config.inner_width // config.heads,
-        mlp_width=4 * config.inner_width,
+        mlp_width=config.widening * config.inner_width,
         activation=config.activation,
         norm=NORM.kind,
         norm_eps=NORM.eps,
@@ -127,6 +127,7 @@ def block_config(config: ConnectorConfig) -> BlockConfig:
         qkv_bias=config.bias,
         output_bias=config.bias,
         mlp_bias=config.bias,
+        qk_norm=NORM.kind if config.qk_norm else "",
         memory_width=config.inner_width,
     )
 

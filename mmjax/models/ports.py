@@ -7,7 +7,8 @@ stored, trained and counted at their true size. The decoder hands every layer it
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Literal, Mapping
+import math
+from typing import Any, Callable, Literal, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from mmjax.models.block import LayerPorts
 
 Params = Mapping[str, Any]
+LONGEST = 16  # layers of a period: they are compiled one by one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +34,19 @@ class Plug:
     port: Literal["keys_values", "sublayer", "before"]
     layers: tuple[int, ...]
     call: Callable
+
+
+def period(plugs: Sequence[Plug], windows: int, layers: int) -> int:
+    """Of a pattern of layers that repeats every `windows` of them: after how many it repeats with the plugs, if each sits on every
+    n-th layer. Its layers then have places of their own in the scan's body, and no other computes anything for it. Where the two
+    make no period within so many `layers`, or a plug's layers have no pattern, `windows`: a plug's rows are then copied out to all
+    layers (see `rows_for`).
+    """
+    together = windows
+    for plug in plugs:
+        steps = {b - a for a, b in zip(plug.layers, plug.layers[1:])}
+        together = math.lcm(together, steps.pop() if len(steps) == 1 else layers if len(plug.layers) == 1 else 1)
+    return together if together <= min(layers, LONGEST) else windows
 
 
 def rows_for(plug: Plug, leaves: Params, residue: int, period: int, groups: int) -> tuple[Params, jax.Array | None] | None:

@@ -285,7 +285,7 @@ def hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
     def held(path: str, leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(dtype)
-        stacked_kernel = "/layers/" in path and path.endswith("/kernel") and path not in whole
+        stacked_kernel = tree.is_stacked(path) and path.endswith("/kernel") and path not in whole
         return as_bits(leaf) if stacked_kernel and jax.default_backend() == "cpu" else leaf
 
     return tree.unflatten({path: held(path, leaf) for path, leaf in tree.flatten(frozen).items()})

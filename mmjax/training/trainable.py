@@ -104,14 +104,14 @@ def join(trainable: Params, frozen: Params, selection: Selection) -> Params:
 
 def layer_rank(path: str, leaf: Any) -> int:
     """The rank of one layer's leaf: a stacked norm [layers, d] is a vector."""
-    return len(leaf.shape) - (1 if "/layers/" in path else 0)
+    return len(leaf.shape) - tree.is_stacked(path)
 
 
 def _layers(glob: str, path: str, shape: tuple[int, ...], key: str) -> tuple[int, int] | None:
     chosen = tree.layer_range(glob)
     if chosen is None:
         return None
-    if "/layers/" not in path:
+    if not tree.is_stacked(path):
         raise UserError(f"{key}: {glob!r} chooses layers of {path}, which is not stacked.")
     start, stop, _ = slice(*chosen).indices(shape[0])
     beyond = any(bound is not None and abs(bound) > shape[0] for bound in chosen)

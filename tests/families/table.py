@@ -39,6 +39,11 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
         {"doubutsu", "doubutsu_next", "doubutsu_pooled"},
     ),
     "test_moondream": ("logits and greedy tokens recorded from moondream's own code, files both ways", {"moondream"}),
+    "test_idefics": ("logits, loss, greedy tokens, files both ways", {"idefics"}),
+    "test_open_flamingo": (
+        "logits against its parts in torch, and recorded from OpenFlamingo's own code; files both ways",
+        {"openflamingo", "otter"},
+    ),
     "test_any_language_model": ("what is written is read back with equal logits", {"mmjax", "git_text"}),
 }
 

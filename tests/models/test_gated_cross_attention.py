@@ -15,13 +15,13 @@ from mmjax.models.encoder_config import GatedCrossAttentionConfig
 from tests.models import tiny
 
 BLOCK = BlockConfig(32, 2, 2, 8, 48, "gelu", "layer", 1e-5, False, False, False, False, memory_width=12)
-CONFIG = GatedCrossAttentionConfig(BLOCK)
+LAYERS = (1, 3)
+CONFIG = GatedCrossAttentionConfig(BLOCK, LAYERS)
 # text, an image, text, an image, text
 LOCATIONS = np.array([[0, 0, 1, 0, 0, 1, 0, 0], [0, 0, 0, 0, 1, 0, 0, 0]], bool)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 8, 32)).astype(np.float32)
 MEDIA = RNG.normal(size=(2, 2, 3, 12)).astype(np.float32)  # two images of three tokens a row
-LAYERS = (1, 3)
 
 
 def leaves(config=CONFIG, opened=True):
@@ -44,31 +44,34 @@ def crossed(params, config=CONFIG, media=MEDIA, present=None, locations=LOCATION
 
 
 @jax.jit
-def decoded(params, plugged, media):
+def decoded(params, leaves, media):
     """A decoder's states with the plug on some of its layers; without it where there are no leaves."""
     config = tiny.model_config().llm
-    mask = gated_cross_attention.media_mask(CONFIG, gated_cross_attention.media_begun(LOCATIONS), 2, 3)
-    plugs = (gated_cross_attention.plug("gated", LAYERS, CONFIG, media, mask),) if plugged else ()
+    plugs = (gated_cross_attention.plug(CONFIG, media),) if leaves else ()
     ones, positions = jnp.ones(X.shape[:2], jnp.int32), jnp.tile(jnp.arange(X.shape[1]), (len(X), 1))
-    params = {**params, "plugs": {"gated": plugged}} if plugged else params
+    params = {**params, "plugs": {"cross_attention": gated_cross_attention.plugged(leaves, media)}} if leaves else params
     return decoder.decode(params, config, X, segments=ones, positions=positions, run=Execution(), plugs=plugs).last
+
+
+def media_of(tokens):
+    begun = gated_cross_attention.media_begun(LOCATIONS)
+    return gated_cross_attention.Media(tokens, gated_cross_attention.media_mask(CONFIG, begun, 2, 3))
 
 
 def test_zero_gates_equal_the_language_model_exactly():
     llm = tiny.random_params(tiny.model_config())["llm"]
-    alone = decoded(llm, {}, MEDIA)
-    np.testing.assert_array_equal(decoded(llm, leaves(opened=False), MEDIA), alone)
-    opened = leaves()
-    assert np.abs(decoded(llm, opened, MEDIA) - alone).max() > 1e-2
-    remembered = gated_cross_attention.remember(opened, CONFIG, MEDIA)
-    np.testing.assert_allclose(
-        decoded(llm, remembered, np.zeros_like(MEDIA)), decoded(llm, opened, MEDIA), rtol=1e-4, atol=1e-5
-    )
+    alone = decoded(llm, {}, None)
+    np.testing.assert_array_equal(decoded(llm, leaves(opened=False), media_of(MEDIA)), alone)
+    opened, media = leaves(), media_of(MEDIA)
+    found = decoded(llm, opened, media)
+    assert np.abs(found - alone).max() > 1e-2
+    remembered = gated_cross_attention.remember(opened, CONFIG, media)._replace(tokens=np.zeros_like(MEDIA))
+    np.testing.assert_allclose(decoded(llm, opened, remembered), found, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_are_finite_and_leave_zero():
     llm = tiny.random_params(tiny.model_config())["llm"]
-    gradient = jax.jit(jax.grad(lambda p, m: (decoded(llm, p, m) ** 2).mean(), argnums=(0, 1)))
+    gradient = jax.jit(jax.grad(lambda p, m: (decoded(llm, p, media_of(m)) ** 2).mean(), argnums=(0, 1)))
     for opened in (False, True):
         for path, leaf in tree.flatten(dict(zip(("leaves", "media"), gradient(leaves(opened=opened), MEDIA)))).items():
             assert np.isfinite(leaf).all(), path
