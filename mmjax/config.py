@@ -216,7 +216,8 @@ class Source:
     weight   share in the mixture relative to the other sources (0 < weight); 0 = proportional to size
     loss_weight  of each supervised token of this source in the loss, which is the weighted mean over the step's tokens
     options  of the kind, e.g. {"split": "train", "task": "caption"}; for every kind `prompts`, a list of texts of which one, drawn by the
-             sample's id, takes the place of what the user says ("Question: {} Short answer:": {} is what was said)
+             sample's id, takes the place of what the user says ("Question: {} Short answer:": {} is what was said), and `system`, a
+             text in place of the template's system text ("" = none)
     limit    first samples only; 0 = all
     join     samples that are shown as one, one after the other: in-context rows of several pictures
     """

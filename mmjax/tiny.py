@@ -118,5 +118,5 @@ def _source(source: Source, split: str) -> Source:
     if source.kind in ("digits", "digit_facts"):
         return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
     task = "caption" if source.kind == "captions" else "questions"
-    prompts = {"prompts": source.options["prompts"]} if "prompts" in source.options else {}
+    prompts = {option: source.options[option] for option in ("prompts", "system") if option in source.options}
     return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": SAMPLES, **prompts})

@@ -2,6 +2,7 @@
 
     Joined(dataset, 4, seed=0)[0]                     four samples, one after the other: an in-context row of several pictures
     Prompted(dataset, ("Question: {} Short answer:",))  the user's text within one of these, drawn by the sample's id
+    Told(dataset, "")                                 a system text in place of the template's; "" = none
 """
 
 from __future__ import annotations
@@ -56,6 +57,26 @@ class Joined(Wrapped):
         id = "+".join(sample.id for sample in samples)
         messages = joined([sample.messages for sample in samples], id)
         return dataclasses.replace(samples[-1], id=id, messages=messages)
+
+
+class Told(Wrapped):
+    """Samples with this system text in front, unless they have one of their own."""
+
+    def __init__(self, dataset: Dataset, system: str):
+        if not isinstance(system, str):
+            raise UserError(f"system: give a text, not {system!r}")
+        super().__init__(dataset)
+        self.system = system
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        if sample.messages[0]["role"] == "system":
+            return sample
+        said: Message = {"role": "system", "content": [{"type": "text", "text": self.system}]}
+        return dataclasses.replace(sample, messages=[said, *sample.messages])
 
 
 class Prompted(Wrapped):

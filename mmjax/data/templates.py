@@ -334,6 +334,13 @@ _INSTRUCT = _turns(
     "{{ flat(m.content) + ' [/INST]' }}",
     _supervised("{{ ' ' + flat(m.content) + ' </s>' }}"),
 )
+# VILA's: the assistant's header says system as well, and a turn ends with the text's end.
+_LLAMA_3 = _turns(
+    "{{ HEADER.format('user') + flat(m.content) + '<|end_of_text|>' }}",
+    "{{ HEADER.format('system') }}" + _supervised("{{ flat(m.content) + '<|end_of_text|>' }}"),
+    before="{{ '<|begin_of_text|>' }}{%- if system -%}{{ HEADER.format('system') + system + '<|end_of_text|>' }}{%- endif -%}",
+    prompt="{{ HEADER.format('system') }}",
+).replace("HEADER", "'<|start_header_id|>{}<|end_header_id|>\n\n'")
 _MOONDREAM = _turns(
     "{{ ('' if loop.first else '\\n\\n') + pictures(m.content) + ('\\n\\n' if pictures(m.content) else '')"
     " + 'Question: ' + words(m.content) + '\\n\\n' }}",
@@ -351,6 +358,7 @@ _LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+_LLAMA_3_MARKS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
 # name: (body, default system text, stops, strings that must be tokens)
 _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "v0": (_V0, _HUMAN, ("###",), ()),
@@ -363,6 +371,8 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "mpt": (_CHATML, _MPT, ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "chatml": (_CHATML, _MPT, ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "chatml_direct": (_CHATML, "Answer the questions.", ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
+    "hermes-2": (_CHATML, "Answer the questions.", ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
+    "llama_3": (_LLAMA_3, _LLAMA_2, ("<|end_of_text|>",), _LLAMA_3_MARKS),
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
     **document_templates.NAMED,
     **qformer_templates.NAMED,

@@ -23,6 +23,7 @@ BEGIN, END = "<!-- recipes: begin -->\n", "<!-- recipes: end -->\n"
 # That every recipe learns is in tests/configs/test_overfit.py, and against its blind twin in tests/gallery.py.
 LLAVA = "transformers and LLaVA's own code"
 VERIFIED: dict[str, str] = {
+    "anymal": "an open code base's resampler, recorded; transformers (encoder, LLM)",
     "continue_from_hf": "the family it continues",
     "doubutsu": "doubutsu's code, recorded",
     "flickr8k": "transformers (encoder, LLM)",
@@ -30,6 +31,7 @@ VERIFIED: dict[str, str] = {
     "llava_v1": LLAVA,
     "moondream": "moondream's code, recorded",
     "quickstart": "transformers (the export)",
+    "vila": "VILA's code, recorded",
 }
 
 

@@ -5,7 +5,7 @@ import pickle
 import pytest
 
 from mmjax.config import Source
-from mmjax.data import sources
+from mmjax.data import sources, templates
 from mmjax.data.images import BrokenImage
 from mmjax.data.messages import BadSample, images, text
 from mmjax.errors import UserError
@@ -121,6 +121,14 @@ def test_kinds_limits_and_fingerprints(tmp_path):
     assert before != sources.fingerprint(Source(path=str(path), limit=4))
     path.write_text(path.read_text().replace("What", "Who"))
     assert before != sources.fingerprint(Source(path=str(path)))
+
+
+def test_a_source_may_bring_a_system_text_or_none():
+    for system in ("", "Be brief."):
+        dataset = sources.open(Source(kind="digits", options={"task": "single", "size": 4, "system": system}))
+        assert len(dataset) == 4 and text(dataset[1].messages[0]) == system
+        written = templates.get("v1").segments(dataset[1].messages)[0].text
+        assert written.startswith("Be brief. USER: " if system else "USER: ")
 
 
 def test_handwriting_is_a_source_like_the_others():

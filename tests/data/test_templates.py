@@ -24,6 +24,8 @@ LLAMA_2 = (
 )
 MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 
+SYSTEM, USER = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user"))
+
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -62,6 +64,13 @@ def supervised(template, messages):
          "A cat.<|im_end|><|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes.<|im_end|>",
          ["A cat.<|im_end|>", "Yes.<|im_end|>"],
          f"<|im_start|>system\n{MPT}<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"),
+        ("llama_3", f"<|begin_of_text|>{SYSTEM}{LLAMA_2}<|end_of_text|>{USER}<image>\nWhat is it?<|end_of_text|>{SYSTEM}A cat.<|end_of_text|>"
+         f"{USER}Sure?<|end_of_text|>{SYSTEM}Yes.<|end_of_text|>", ["A cat.<|end_of_text|>", "Yes.<|end_of_text|>"],
+         f"<|begin_of_text|>{SYSTEM}{LLAMA_2}<|end_of_text|>{USER}Q<|end_of_text|>{SYSTEM}"),
+        ("hermes-2", "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
+         "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes.<|im_end|>",
+         ["A cat.<|im_end|>", "Yes.<|im_end|>"],
+         "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\nQ<|im_end|><|im_start|>assistant\n"),
         ("moondream", "<image>\n\nQuestion: What is it?\n\nAnswer: A cat.<END>\n\nQuestion: Sure?\n\nAnswer: Yes.<END>",
          [" A cat.<END>", " Yes.<END>"], "Question: Q\n\nAnswer:"),
         ("blip2", "<image>What is it? A cat.\n Sure? Yes.\n", [" A cat.\n", " Yes.\n"], "Q"),
