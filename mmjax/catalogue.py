@@ -151,6 +151,21 @@ def _clip_l(path: str, image_size: int) -> Part:
     )
 
 
+CLIP_B_16 = Part(
+    "openai/clip-vit-base-patch16",
+    {
+        "model_type": "clip_vision_model",
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "image_size": 224,
+        "patch_size": 16,
+        "projection_dim": 512,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    },
+)
 CLIP_L_224 = _clip_l("openai/clip-vit-large-patch14", 224)
 CLIP_L_336 = _clip_l("openai/clip-vit-large-patch14-336", 336)
 SIGLIP_SO400M_384 = Part(

@@ -13,6 +13,7 @@ SIZES: dict[str, int] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 8,
     "vocab_size": 512,
     "max_position_embeddings": 512,
     "projection_dim": 32,
@@ -53,6 +54,7 @@ def _model(model: Model) -> Model:
         hidden_width=min(model.connector.hidden_width, 64),
         squeeze_width=min(model.connector.squeeze_width, 64),
         pooled_tokens=min(model.connector.pooled_tokens, 4),
+        grid=min(model.connector.grid, 3),
         **perceiver,
     )
     crossed = model.cross_attention

@@ -124,7 +124,8 @@ class Encoder:
         ids, labels, media = [], [], []  # of each chunk
         shown, tiles, spans = [], [], []  # of each image: the part, its tiles, its first position and the one behind it
         grids: list[tuple[int, int]] = []
-        if self._adds_bos and not (segments and segments[0].text.startswith(self.tokenizer.bos_token)):
+        opening = next((segment.text for segment in segments if segment.text), "")
+        if self._adds_bos and not opening.startswith(self.tokenizer.bos_token):
             ids.append(np.array([self.tokenizer.bos_token_id]))
             labels.append(np.array([IGNORED]))
             media.append(np.full(1, -1))

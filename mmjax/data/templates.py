@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmjax.data import document_templates, qformer_templates
+from mmjax.data import document_templates, prefix_templates, qformer_templates
 from mmjax.data.messages import PLACEHOLDER, Message, images
 from mmjax.errors import UserError
 
@@ -376,5 +376,6 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
     **document_templates.NAMED,
     **qformer_templates.NAMED,
+    **prefix_templates.NAMED,
 }
 NAMES = tuple(_NAMED)

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXPANDED = Path(__file__).parent / "expanded"
 ARGUMENTS = {
     "anymal": ("", "13b", "70b", "flamingo"),
+    "git": ("", "large"),
     "llava15": ("", "13b", "lora"),
     "llava_v1": ("", "7b"),
     "vila": ("", "13b", "3b", "8b", "40b", "frozen", "visual"),

@@ -3,13 +3,16 @@ drawn."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 import mmjax
-from mmjax import tree
+from mmjax import tree, vocabulary
+from mmjax.assembly import assemble
+from mmjax.config import Connector, Image, Model, Part, Recipe
 from mmjax.errors import UserError
 from mmjax.families import find
 
@@ -260,3 +263,31 @@ def test_gemma_3_needs_a_map_that_its_tokens_divide():
     config = json.loads(gemma3().config.to_json_string())
     with pytest.raises(UserError, match="mm_tokens_per_image = 9 are no square that divides the 4 x 4 patches"):
         find(config).read_config({**config, "mm_tokens_per_image": 9}, "config.json")
+
+
+@pytest.mark.parametrize(
+    "name, connector",
+    [
+        ("paligemma", Connector(kind="linear")),
+        ("gemma 3", Connector(kind="linear", bias=False, grid=2, input_norm=True, norm="rms_plus_one", norm_eps=1e-5)),
+    ],
+)
+def test_a_recipe_takes_its_parts_from_one_directory(name, connector, tmp_path):
+    theirs = randomised(SYSTEMS[name]())
+    theirs.save_pretrained(tmp_path / "theirs")
+    vocabulary.train(["a cat sat on the mat"], kind="word").save_pretrained(tmp_path / "theirs")
+    whole, part = mmjax.load(tmp_path / "theirs"), Part(path=str(tmp_path / "theirs"))
+    section = Model(
+        llm=part,
+        vision=part,
+        connector=dataclasses.replace(connector, path=part.path),
+        feature_layers=(-1,),
+        post_norm=True,
+        image=Image(aspect="squash"),
+        mask=whole.config.mask,
+        template="plain",
+    )
+    model = assemble(Recipe(model=section), tmp_path / "work")
+    assert model.config == whole.config
+    for path, leaf in tree.flatten(whole.params).items():
+        assert np.array_equal(np.asarray(tree.flatten(model.params)[path]), np.asarray(leaf)), path
