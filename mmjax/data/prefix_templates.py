@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 
-def _turns(user: str, answer: str, before_answer: str = "", after_answer: str = "", prompt: str = "") -> str:
+def _turns(user: str, answer: str, before_answer: str = "", prompt: str = "") -> str:
     """`answer` is supervised; `m` is the turn at hand."""
     return (
         "{%- for m in turns -%}{%- if m.role == 'user' -%}" + user + "{%- else -%}" + before_answer
-        + "{%- generation -%}{{ " + answer + " }}{%- endgeneration -%}" + after_answer + "{%- endif -%}{%- endfor -%}"
+        + "{%- generation -%}{{ " + answer + " }}{%- endgeneration -%}{%- endif -%}{%- endfor -%}"
         + ("{%- if add_generation_prompt -%}" + prompt + "{%- endif -%}" if prompt else "")
     )  # fmt: skip
 
@@ -26,11 +26,10 @@ _JOINED = (
     "{%- if part.type == 'image' -%}{{ \"<image>\" }}{%- else -%}{{ part.text | trim }}{%- endif -%}{%- endfor -%}"
 )
 _GEMMA_3 = _turns(
-    "{{ '<start_of_turn>user\\n' }}{%- if loop.first and system -%}{{ system + '\\n\\n' }}{%- endif -%}" + _JOINED
+    "{{ ('' if loop.first else '\\n') + '<start_of_turn>user\\n' }}{%- if loop.first and system -%}{{ system + '\\n\\n' }}{%- endif -%}" + _JOINED
     + "{{ '<end_of_turn>\\n' }}",
     "words(m.content) | trim + '<end_of_turn>'",
     before_answer="{{ '<start_of_turn>model\\n' }}",
-    after_answer="{{ '\\n' }}",
     prompt="{{ '<start_of_turn>model\\n' }}",
 )  # fmt: skip
 

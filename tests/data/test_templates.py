@@ -80,7 +80,7 @@ def supervised(template, messages):
         ("git_vqa", "<image>[CLS]What is it? A cat.[SEP]Sure? Yes.[SEP]", ["A cat.[SEP]", "Yes.[SEP]"], "[CLS]Q "),
         ("paligemma", "<image><bos>What is it?\nA cat.<eos>Sure?\nYes.<eos>", ["A cat.<eos>", "Yes.<eos>"], "<bos>Q\n"),
         ("gemma3", "<start_of_turn>user\n<image>What is it?<end_of_turn>\n<start_of_turn>model\nA cat.<end_of_turn>\n"
-         "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>\n",
+         "<start_of_turn>user\nSure?<end_of_turn>\n<start_of_turn>model\nYes.<end_of_turn>",
          ["A cat.<end_of_turn>", "Yes.<end_of_turn>"], "<start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\n"),
         ("minigpt4", "###Human: <Img><image></Img> What is it? ###Assistant: A cat.###Human: Sure? ###Assistant: Yes.###",
          ["A cat.###", "Yes.###"], "###Human: Q ###Assistant: "),
@@ -91,7 +91,7 @@ def test_named_templates_write_the_published_text(name, text, answers, prompt):
     assert written(template, CHAT) == text
     assert supervised(template, CHAT) == answers
     assert written(template, ONE[:1], generation_prompt=True) == prompt
-    assert text.rstrip("\n").endswith(template.stops[0].rstrip("\n"))
+    assert text.endswith(template.stops[0])
 
 
 def test_v0_also_supervises_the_marks_between_turns():
