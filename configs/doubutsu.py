@@ -3,9 +3,11 @@
     python -m mmjax.main --config=configs/doubutsu.py            # as released: every patch through a two-layer MLP (729 tokens)
     python -m mmjax.main --config=configs/doubutsu.py:concat     # 9 neighbouring patches put together (81 tokens)
     python -m mmjax.main --config=configs/doubutsu.py:pooled     # the mean patch through an MLP that makes 8 tokens
+    python -m mmjax.main --config=configs/doubutsu.py:token      # what SigLIP itself makes of a picture, one token
     python -m mmjax.main --config=configs/doubutsu.py:tiny       # the same path in a minute, on drawn data
 
-What it is     SigLIP-so400m, its last block but one (27 x 27 patches), an MLP, Qwen2-1.5B-Instruct.
+What it is     SigLIP-so400m at 378 pixels, its last block but one (27 x 27 patches), an MLP, Qwen2-1.5B-Instruct; the picture stands in
+               front of everything.
 Stages         pretrain  MLP alone on CC3M-595K captions
                adapt     LoRA (rank 128, alpha 256, every Linear of the LLM) on descriptions or questions of one's own; learning
                          rate 2e-4, 10 % warm-up, cosine to 0, 32 samples a step, 3 epochs. Everything else stays frozen, so that
@@ -15,8 +17,8 @@ Cost           the authors adapted it on a single RTX 3090.
 Results        none were published.
 
 Not published, so chosen here: the pretraining's settings (LLaVA's), the number of patches put together and of pooled tokens.
-Differs from the authors' code: pictures are 384 pixels of which SigLIP leaves out the last 6 (theirs: 378); the picture stands at its
-place in the user's turn (theirs: before the system text); AdamW keeps its moments in bfloat16 (theirs: in 8 bits).
+Differs from the authors' code: the adapter is tuned on the prompt that answers are asked with (theirs: on other role names and the
+tokenizer's own system text); AdamW keeps its moments in bfloat16 (theirs: in 8 bits).
 Needs Qwen/Qwen2-1.5B-Instruct and google/siglip-so400m-patch14-384 (in the local Hugging Face cache, or --config.model.llm.path=DIR
 and --config.model.vision.path=DIR); data below data/.
 """
@@ -40,12 +42,13 @@ CONNECTORS = {
     "patches": Connector(kind="mlp2x_gelu"),
     "concat": Connector(kind="concat", group=9),
     "pooled": Connector(kind="pooled_mlp", pooled_tokens=8),
+    "token": Connector(kind="mlp2x_gelu"),
 }
 
 
 def get_config(argument: str = ""):
-    chosen = parse_arguments(argument, {"connector": ("patches", "concat", "pooled"), "tiny": False})
-    media = {"patches": 729, "concat": 81, "pooled": 8}[chosen.connector]
+    chosen = parse_arguments(argument, {"connector": tuple(CONNECTORS), "tiny": False})
+    media = {"patches": 729, "concat": 81, "pooled": 8, "token": 1}[chosen.connector]
     pretrain = Stage(
         trainable=("connector/**",),
         sources={"captions": CC3M_595K},
@@ -75,9 +78,9 @@ def get_config(argument: str = ""):
             vision=SIGLIP_SO400M_384,
             connector=CONNECTORS[chosen.connector],
             feature_layers=(-2,),
-            image=Image(aspect="squash"),
-            template="chatml",
-            system="You are a helpful AI assistant that can see images and answer questions about them.",
+            pooled=chosen.connector == "token",
+            image=Image(aspect="squash", size=378),
+            template="doubutsu",
             adapters={"default": Lora(rank=128, alpha=256.0, targets=("llm/layers/**",))},
             dtype="bfloat16",
         ),

@@ -26,7 +26,7 @@ from mmjax.models import adapters as lora
 from mmjax.models import multimodal, new_rows
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, LoraConfig, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, ViTConfig
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
@@ -237,13 +237,17 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         part: Part = getattr(section, name)
         if part.path or part.config:
             found[name] = _part(part, name, vocab_size or section.tokenizer.vocab_size)
-    features = FeatureSpec(tuple(section.feature_layers), section.keep_class_token, section.post_norm)
+    features = FeatureSpec(
+        tuple(section.feature_layers), section.keep_class_token, section.post_norm, pooled=section.pooled
+    )
     if len(found) == 1:
         config, family, foreign = next(iter(found.values()))
         return _with_adapters_and_mask(dataclasses.replace(config, features=features), section), family, foreign
     if not found:
         raise UserError("model: neither llm nor vision is given")
     language, tower = found["llm"][0], found["vision"][0]
+    if features.pooled and (not isinstance(tower.vision, ViTConfig) or tower.vision.pooling == "none"):
+        raise UserError("model.pooled: this encoder makes no one vector of its states")
     tower = tower.at_size(section.image.size) if section.image.size else tower
     assert language.llm is not None
     assert tower.vision is not None

@@ -174,6 +174,7 @@ class Model:
                     then read from it and must be left at their defaults
     mask            who sees whom: "causal"; "prefix" (a prompt's tokens see each other both ways: PaliGemma); "media" (an image's do:
                     Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it, causal where the parts are joined here
+    pooled          the connector reads one vector, what the encoder itself makes of all its states, in place of them
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
     new_tokens      tokens that the tokenizer is to have (delimiters, states, speech units). Each gets rows of its own in the
@@ -192,6 +193,7 @@ class Model:
     feature_layers: tuple[int, ...] = (-2,)
     keep_class_token: bool = False
     post_norm: bool = False
+    pooled: bool = False
     image: Image = dataclasses.field(default_factory=Image)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     mask: Literal["", "causal", "prefix", "media", "opening"] = ""

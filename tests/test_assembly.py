@@ -288,3 +288,13 @@ def test_a_part_that_is_not_here_is_said(tmp_path):
         UserError, match="model.llm.path: some/llm is neither a directory nor in the local.*hf download some/llm"
     ):
         assemble(recipe(tmp_path, llm=Part("some/llm")), tmp_path)
+
+
+def test_a_connector_may_read_what_the_encoder_makes_of_a_whole_picture(tmp_path):
+    config = model_config(recipe(tmp_path, pooled=True))
+    assert (config.connector.positions, config.connector.tokens) == (1, 1)
+    model = assemble(recipe(tmp_path, pooled=True), tmp_path)
+    picture = np.zeros((1, 28, 28, 3), np.uint8)
+    assert multimodal.vision_features(model.params, config, picture, model.run).shape == (1, 1, 24)
+    with pytest.raises(UserError, match="model.pooled: this encoder makes no one vector"):
+        model_config(recipe(tmp_path, pooled=True, vision=Part(config={"model_type": "mobilenet_v2", "image_size": 64})))

@@ -341,6 +341,14 @@ _LLAMA_3 = _turns(
     before="{{ '<|begin_of_text|>' }}{%- if system -%}{{ HEADER.format('system') + system + '<|end_of_text|>' }}{%- endif -%}",
     prompt="{{ HEADER.format('system') }}",
 ).replace("HEADER", "'<|start_header_id|>{}<|end_header_id|>\n\n'")
+# The pictures of all turns stand in front; what ends a question is learned with its answer.
+_DOUBUTSU = _turns(
+    "{{ ('' if loop.first else '\n') + '<|im_start|>user\n' + words(m.content) }}",
+    _supervised("{{ '<|im_end|>\n<|im_start|>assistant\n' + words(m.content) + '<|im_end|>' }}"),
+    before="{%- for m in turns -%}{{ pictures(m.content) }}{%- endfor -%}"
+    "{%- if system -%}{{ '<|im_start|>system\n' + system + '<|im_end|>\n' }}{%- endif -%}",
+    prompt="{{ '<|im_end|>\n<|im_start|>assistant\n' }}",
+)
 _MOONDREAM = _turns(
     "{{ ('' if loop.first else '\\n\\n') + pictures(m.content) + ('\\n\\n' if pictures(m.content) else '')"
     " + 'Question: ' + words(m.content) + '\\n\\n' }}",
@@ -358,6 +366,7 @@ _LLAMA_2 = (
     "You are a helpful language and vision assistant. You are able to understand the visual content that the user provides, "
     "and assist the user with a variety of tasks using natural language."
 )
+_SEES = "You are a helpful AI assistant that can see images and answer questions about them."
 _LLAMA_3_MARKS = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|end_of_text|>")
 # name: (body, default system text, stops, strings that must be tokens)
 _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
@@ -373,6 +382,7 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "chatml_direct": (_CHATML, "Answer the questions.", ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "hermes-2": (_CHATML, "Answer the questions.", ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "llama_3": (_LLAMA_3, _LLAMA_2, ("<|end_of_text|>",), _LLAMA_3_MARKS),
+    "doubutsu": (_DOUBUTSU, _SEES, ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
     **document_templates.NAMED,
     **qformer_templates.NAMED,

@@ -20,7 +20,7 @@ ARGUMENTS = {
     "llava15": ("", "13b", "lora"),
     "llava_v1": ("", "7b"),
     "vila": ("", "13b", "3b", "8b", "40b", "frozen", "visual"),
-    "doubutsu": ("", "concat", "pooled"),
+    "doubutsu": ("", "concat", "pooled", "token"),
     "continue_from_hf": ("", "full"),
 }
 

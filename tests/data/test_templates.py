@@ -24,6 +24,7 @@ LLAMA_2 = (
 )
 MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 
+SEES = "You are a helpful AI assistant that can see images and answer questions about them."
 SYSTEM, USER = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user"))
 
 
@@ -67,6 +68,10 @@ def supervised(template, messages):
         ("llama_3", f"<|begin_of_text|>{SYSTEM}{LLAMA_2}<|end_of_text|>{USER}<image>\nWhat is it?<|end_of_text|>{SYSTEM}A cat.<|end_of_text|>"
          f"{USER}Sure?<|end_of_text|>{SYSTEM}Yes.<|end_of_text|>", ["A cat.<|end_of_text|>", "Yes.<|end_of_text|>"],
          f"<|begin_of_text|>{SYSTEM}{LLAMA_2}<|end_of_text|>{USER}Q<|end_of_text|>{SYSTEM}"),
+        ("doubutsu", f"<image><|im_start|>system\n{SEES}<|im_end|>\n<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+         "A cat.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>",
+         ["<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>", "<|im_end|>\n<|im_start|>assistant\nYes.<|im_end|>"],
+         f"<|im_start|>system\n{SEES}<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n<|im_start|>assistant\n"),
         ("hermes-2", "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat is it?<|im_end|>"
          "<|im_start|>assistant\nA cat.<|im_end|><|im_start|>user\nSure?<|im_end|><|im_start|>assistant\nYes.<|im_end|>",
          ["A cat.<|im_end|>", "Yes.<|im_end|>"],
