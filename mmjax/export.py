@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from mmjax.models import new_rows, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
+
+log = logging.getLogger(__name__)
 
 LAYOUTS = ("hf", "original", "mmjax")
 # transformers' layouts, and how pictures are cut in each.
@@ -144,6 +147,8 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
     hf = _hf(model, text, image)
     if not layout:
         layout = "hf" if isinstance(hf, Family) else "mmjax"
+        if not isinstance(hf, Family):
+            log.info("it is written in mmjax's own layout, since those of transformers cannot hold it: %s", hf)
     if layout == "hf" and not isinstance(hf, Family):
         raise UserError(f"the model does not fit the Hugging Face layouts: {hf}")
     family = {"hf": hf, "original": llava_llama.FAMILY, "mmjax": composed.FAMILY}[layout]
