@@ -24,7 +24,7 @@ Results (7B / 13B / 1.5-3B / 1.5-8B / 1.5-40B, as published)   VQAv2 79.9 / 80.8
                66.8 / 57.6, never 68.7 / 70.9; with COYO 69.0 / 71.3, with joint text 72.3 / 73.6.
 
 Needs the parts named in mmjax/catalogue.py (in the local Hugging Face cache, or --config.model.llm.path=DIR and
---config.model.vision.path=DIR) and the data sets below data/.
+--config.model.vision.path=DIR; InternViT in transformers' layout, whose model_type is internvl_vision) and the data sets below data/.
 Differs from the authors' scripts: the settings above are those of VILA-1.5's, for 7b and 13b as well, whose own were not published; their
 sets of videos are left out; rows are packed, counting on about 900 (7b, 13b) or 400 tokens for a sample of pretraining and 1,000 or
 600 for one of instruction tuning; COYO is taken as filtered.
