@@ -23,6 +23,8 @@ Needs meta-llama/Llama-2-7b-chat-hf and openai/clip-vit-large-patch14 (in the lo
 --config.model.vision.path=DIR), and the data below data/.
 """
 
+from typing import Any
+
 from mmjax.catalogue import CLIP_L_224, LLAMA2_CHAT
 from mmjax.config import (
     Connector,
@@ -46,7 +48,7 @@ RESAMPLERS = {
 
 
 def get_config(argument: str = ""):
-    known = {"size": ("7b", "13b", "70b"), "resampler": tuple(RESAMPLERS), "tiny": False}
+    known: dict[str, Any] = {"size": ("7b", "13b", "70b"), "resampler": tuple(RESAMPLERS), "tiny": False}
     chosen = parse_arguments(argument, known)
     align = Stage(
         trainable=("connector/**",),

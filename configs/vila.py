@@ -30,6 +30,8 @@ sets of videos are left out; rows are packed, counting on about 900 (7b, 13b) or
 600 for one of instruction tuning; COYO is taken as filtered.
 """
 
+from typing import Any
+
 from mmjax.catalogue import (
     CC3M_595K,
     CLIP_L_336,
@@ -75,7 +77,7 @@ INSTRUCTIONS = (
 
 
 def get_config(argument: str = ""):
-    known = {
+    known: dict[str, Any] = {
         "size": ("7b", "13b", "3b", "8b", "40b"),
         "llm": ("updated", "frozen"),
         "sft": ("joint", "visual"),
@@ -85,7 +87,7 @@ def get_config(argument: str = ""):
     first = chosen.size in ("7b", "13b")
     vision = CLIP_L_336 if first else INTERNVIT_6B_448 if chosen.size == "40b" else SIGLIP_SO400M_384
     tokens = 576 if first else 256 if chosen.size == "40b" else 196
-    common = {"epochs": 1.0, "dtype": "bfloat16", "remat": "full"}
+    common: dict[str, Any] = {"epochs": 1.0, "dtype": "bfloat16", "remat": "full"}
     align = Stage(
         trainable=("connector/**",),
         sources={"captions": CC3M_595K},

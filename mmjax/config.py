@@ -173,7 +173,8 @@ class Model:
     path            a whole multimodal checkpoint (HF llava layout, LLaVA's original layout, or an mmjax workdir); the parts below are
                     then read from it and must be left at their defaults
     mask            who sees whom: "causal"; "prefix" (a prompt's tokens see each other both ways: PaliGemma); "media" (an image's do:
-                    Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it, causal where the parts are joined here
+                    Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it,
+                    causal where the parts are joined here
     pooled          the connector reads one vector, what the encoder itself makes of all its states, in place of them
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it

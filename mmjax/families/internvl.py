@@ -81,7 +81,7 @@ def expressible(config: ModelConfig, text: Config, image: Config) -> str:
     if c.kind != "space_to_depth" or not plain or c.squeeze_width or c.grid or c.merge != "flat":
         return "its connector puts patches together row by row, in front of a norm and a two-layer MLP as wide as the language model"
     read = len(features.layers) == 1 and features.post_norm == (features.layers[0] == -1 and vision.post_norm == "states")
-    if not read or features.keep_class_token:
+    if not read or features.keep_class_token or features.joined:
         return "its connector reads one of the encoder's states, the last one behind the encoder's norm, without the class token"
     return llava.unsuited(config.llm, text)
 

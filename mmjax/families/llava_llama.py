@@ -143,6 +143,8 @@ def expressible(config: ModelConfig, cut: Tiling | None = None) -> str:
         return "its connector is linear, the identity or mlpNx_gelu, as wide as the language model and with biases"
     if config.vision.registers and not config.features.keep_registers:
         return "its connector reads the encoder's registers as well"
+    if config.features.joined:
+        return "its connector reads every position of one tile"
     if config.features.post_norm or len(config.features.layers) != 1:
         return "its connector reads one of the encoder's states, before the last norm"
     return ""

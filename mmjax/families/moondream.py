@@ -225,7 +225,7 @@ def _put_together(config: ModelConfig, foreign: Config, inputs: Inputs) -> tuple
         own = tiling(foreign, config)
         processor = ImageProcessor(config.vision.image_size, "squash", config.image_mean, config.image_std, tiling=own)
         cut = [processor.tiles(image) for image in inputs["images"]]
-        layouts = [own.layout(*image.shape[:2], processor.shape[:2]) for image in inputs["images"]]
+        layouts = [own.layout(image.shape[0], image.shape[1], processor.shape[:2]) for image in inputs["images"]]
         firsts = np.cumsum([0] + [len(tiles) for tiles in cut])
         grids = [(first, layout.rows, layout.columns) for first, layout in zip(firsts, layouts)]
         images = np.concatenate(cut)
@@ -257,7 +257,8 @@ def _outputs(
     if not cut:
         return found
     assert config.features.stitching is not None
-    features, named = found.pop("image_features"), {}
+    features = found.pop("image_features")
+    named: dict[str, Any] = {}
     for k, (tiles, (first, rows, columns)) in enumerate(zip(cut, whole.grids[0])):
         grid = features[first + 1 : first + 1 + rows * columns].reshape(rows, columns, *features.shape[1:])
         named[f"crops_uint8_{k}"], named[f"tiling_{k}"] = tiles, np.array([rows, columns])

@@ -138,10 +138,12 @@ def _write(config: ModelConfig, base: Config) -> Config:
     text, image = _parts(base, "the model's config")
     names, features = names_of(base), config.features
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
-    if features.post_norm or len(features.layers) != 1 or (config.vision.registers and not features.keep_registers):
+    if features.post_norm or features.joined or len(features.layers) != 1 or (config.vision.registers and not features.keep_registers):
         raise UserError(
             "the model does not fit VILA's layout: its connector reads one of the encoder's states before the last norm"
         )
+    if config.mask != "causal":
+        raise UserError("the model does not fit VILA's layout: its mask is causal")
     held = base.get(names.projector, {}) if names.projector else base
     order, before = token_order(Fields(base)), held.get("mm_projector_type", "")
     kind = {"mm_projector_type": projector_name(config.connector, order, before)}

@@ -48,6 +48,11 @@ class FeatureSpec:
             kept = (self.keep_class_token and encoder.class_token) + self.keep_registers * encoder.registers
         return encoder.positions + kept
 
+    @property
+    def joined(self) -> bool:
+        """Whether a connector reads something other than the positions of a tile."""
+        return self.pooled or self.stitching is not None
+
     def tile_width(self, encoder: EncoderConfig) -> int:
         """Channels of a tile's features."""
         return encoder.feature_width * len(self.layers)
