@@ -298,3 +298,12 @@ def test_a_connector_may_read_what_the_encoder_makes_of_a_whole_picture(tmp_path
     assert multimodal.vision_features(model.params, config, picture, model.run).shape == (1, 1, 24)
     with pytest.raises(UserError, match="model.pooled: this encoder makes no one vector"):
         model_config(recipe(tmp_path, pooled=True, vision=Part(config={"model_type": "mobilenet_v2", "image_size": 64})))
+
+
+def test_a_pooled_feature_is_exported_in_our_own_layout(tmp_path):
+    model = assemble(recipe(tmp_path, pooled=True, adapters={}), tmp_path)
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "mmjax"
+    assert mmjax.load(tmp_path / "out").config.features == model.config.features
+    with pytest.raises(UserError, match="every position of one tile"):
+        model.save_pretrained(tmp_path / "hf", layout="hf")
