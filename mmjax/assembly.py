@@ -141,7 +141,7 @@ def connector_config(
     """The connector between an encoder and a language model of this width; `kind` may be LLaVA's mlpNx_gelu."""
     tower = vision.vision
     assert tower is not None
-    kind, depth = section.kind, 6 if "perceiver" in section.kind else 2
+    kind, depth = section.kind, {"perceiver": 6, "cross_self_perceiver": 6, "qformer": 12}.get(section.kind, 2)
     if named := re.fullmatch(r"mlp(\d+)x_gelu", kind):
         kind, depth = "mlp", int(named[1])
     config = ConnectorConfig(
@@ -166,6 +166,11 @@ def connector_config(
         head_dim=section.head_dim,
         activation=section.activation,
         qk_norm=section.qk_norm,
+        cross_every=section.cross_every,
+        mlp_width=section.mlp_width,
+        text_vocab=section.text_vocab,
+        text_positions=section.text_positions,
+        contrast_width=section.contrast_width,
     )
     side = math.isqrt(config.positions)
     if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):

@@ -40,6 +40,8 @@ class Batch:
     grids       int32 [groups, pictures, 3]   of pictures whose tiles are stitched: the overview's tile in the group, rows and columns of
                 the tiles behind it; 0 rows = the overview alone. `media` then counts picture after picture
     classes     int32 [groups, tiles]  class of each tile (classification objective), -1 = none
+    connector_tokens, connector_segments   int32 [groups, tiles, L]   text that a Q-Former reads beside a tile, in its own vocabulary, and
+                                       1 where there is some, 0 at padding
     """
 
     tokens: Any = None
@@ -61,3 +63,5 @@ class Batch:
     frames: Any = None
     grids: Any = None
     classes: Any = None
+    connector_tokens: Any = None
+    connector_segments: Any = None

@@ -99,6 +99,11 @@ class Connector:
     head_dim: int = 0
     activation: Activation = "gelu"
     qk_norm: bool = False
+    cross_every: int = 2
+    mlp_width: int = 0
+    text_vocab: int = 0
+    text_positions: int = 512
+    contrast_width: int = 0
     path: str = ""
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mmjax.config import Connector, FewShot, Model, Part, Recipe, Source, Stage
 
 PERCEIVERS = ("perceiver", "cross_self_perceiver")
-CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "identity", *PERCEIVERS)
+CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "qformer", "identity", *PERCEIVERS)
 MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
 # Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
@@ -26,7 +26,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
-    **dict.fromkeys(("latents", "heads"), (1, math.inf)),
+    **dict.fromkeys(("latents", "heads", "cross_every", "text_positions"), (1, math.inf)),
+    **dict.fromkeys(("mlp_width", "text_vocab", "contrast_width"), (0, math.inf)),
     "first": (0, math.inf),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
@@ -152,8 +153,14 @@ def _connector(connector: Connector) -> Iterator[str]:
         yield f"model.connector.depth is {connector.depth}, and kind={kind!r} says how deep it is; leave out one of the two."
     if connector.input_norm and kind in PERCEIVERS:
         yield f"model.connector.input_norm: kind={kind!r} has a norm of what it reads in each of its layers."
-    if connector.output_norm and kind in (*PERCEIVERS, "residual_mlp"):
+    if connector.output_norm and kind in (*PERCEIVERS, "residual_mlp", "qformer"):
         yield f"model.connector.output_norm: kind={kind!r} has norms of its own."
+    if connector.input_norm and kind == "qformer":
+        yield "model.connector.input_norm: a Q-Former reads the encoder as it is; model.post_norm norms it."
+    if connector.text_vocab and kind != "qformer":
+        yield f"model.connector.text_vocab: only a Q-Former reads text, not kind={kind!r}."
+    if connector.contrast_width and not connector.text_vocab:
+        yield "model.connector.contrast_width compares pictures with texts; model.connector.text_vocab says how many words those have."
     if connector.squeeze_width and kind not in MLPS and not named:
         yield f"model.connector.squeeze_width is a layer of an MLP ({', '.join(MLPS)}), which kind={kind!r} has not."
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from typing import Literal, Sequence
 
 from mmjax import tree
-from mmjax.models import mobilenet_v2, multimodal, perceiver
+from mmjax.models import mobilenet_v2, multimodal, perceiver, qformer
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, MobileNetV2Config, ViTConfig
@@ -142,6 +143,12 @@ def training_flops(
         for layer in range(used["vision"]):
             passes = 3 if _site("vision/layers/", layer) >= first else 1
             per_tile["vision"] += _attention(config.vision.block) * pairs * passes
+    if config.connector is not None and config.connector.kind == "qformer" and objective == "language":
+        c = config.connector
+        passes = 3 if _site("connector/layers/", 0) >= first else 1
+        # queries read each other in every layer, the positions in some
+        pairs = c.latents * (c.latents * c.depth + c.positions * -(-c.depth // c.cross_every))
+        per_tile["connector"] += _attention(qformer.block_config(c)) * pairs * passes
     if config.connector is not None and config.connector.resamples and objective == "language":
         c = config.connector
         passes = 3 if _site("connector/layers/", 0) >= first else 1
@@ -246,6 +253,10 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
 
 
 def _connector_rows(path: str, config: ConnectorConfig) -> int:
+    if config.kind == "qformer":  # the text's own layers and the heads of its first stage are another objective's
+        if "/text_mlp/" in path or path.startswith("connector/heads/"):
+            return 0
+        return config.positions if re.search("/cross_attention/(key|value)/", path) else config.latents
     if config.resamples:
         if path.startswith("connector/project_in/"):
             return config.pooled

@@ -27,6 +27,8 @@ from tests import golden_parts
 
 TOLERANCE = 2e-4  # relative to the largest value of the reference
 NOTES = ("generated_margin",)  # about the outputs, not of them
+# Inputs with a row for each image, or for each row of text.
+MEDIA = ("pixel_values", "images", "image_sizes", "vision_x", "qformer_input_ids", "qformer_attention_mask")
 Arrays = dict[str, Any]
 
 
@@ -144,14 +146,16 @@ def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str
         flags = {**config, **config.get("golden_flags", {})}
         prompt = _prompt(given, flags.get("generate_row", -1), flags.get("generate_images"))
         new = 16 if "generated_tokens" not in flags else flags["generated_tokens"]
-        ids, scores = model.generate(prompt, max_new_tokens=new, ignore_eos=True, return_scores=True)
-        found["generated_ids"], found["generated_scores"] = ids, scores
+        # Recorded as if a picture's queries were among the new tokens: as many of these come first and were left out.
+        skipped = config.get("num_query_tokens", 0)
+        ids, scores = model.generate(prompt, max_new_tokens=skipped + new, ignore_eos=True, return_scores=True)
+        found["generated_ids"], found["generated_scores"] = ids[:, skipped:], scores[:, skipped:]
     return golden_parts.with_samples(found, wanted, inputs)
 
 
 def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
     """The inputs that were generated from: all rows, or one of them without its padding, with its images (a number of
-    them, or a range; or those that stand beside the row).
+    them, or a range; or those that stand beside the row; where nothing is said and there are as many as rows, each has its own).
     """
     inputs = {name: value for name, value in inputs.items() if name not in ("labels", "position_ids") and "decoder_" not in name}
     if row < 0:
@@ -161,8 +165,10 @@ def _prompt(inputs: Arrays, row: int, images: Any) -> Arrays:
     ids = inputs[text][row : row + 1, keep]
     prompt = {text: ids, "attention_mask": np.ones_like(ids)}
     prompt |= {name: inputs[name][row : row + 1, keep] for name in ("image_attention_mask",) if name in inputs}
-    first, last = images if isinstance(images, list) else (0, images)
-    for name in ("pixel_values", "images", "image_sizes", "vision_x"):
+    given = next((len(inputs[name]) for name in ("pixel_values", "images") if name in inputs), 0)
+    own = [row, row + 1] if given == len(inputs[text]) else [0, None]
+    first, last = images if isinstance(images, list) else own if images is None else (0, images)
+    for name in MEDIA:
         if name in inputs:
             beside = name == "vision_x" or "image_attention_mask" in inputs
             prompt[name] = inputs[name][row : row + 1] if beside else inputs[name][first:last]

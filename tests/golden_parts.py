@@ -8,11 +8,12 @@ from typing import Any, Callable
 import jax
 import numpy as np
 
+import mmjax
 from mmjax.batch import Batch
 from mmjax.checkpoints import weights
 from mmjax.errors import UserError
 from mmjax.families import anymal, flamingo, keys, moondream_2024, vila
-from mmjax.models import connectors, gated_cross_attention, multimodal, perceiver
+from mmjax.models import connectors, gated_cross_attention, image_text, multimodal, perceiver
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
@@ -176,6 +177,17 @@ def with_samples(found: Arrays, wanted: set[str], inputs: Arrays) -> Arrays:
     return {**found, **made}
 
 
+def lavis_qformer(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    model = mmjax.load(directory)
+    found = dict(model(inputs))
+    if "generated_ids" in wanted:  # of the first picture
+        shape = model.config.connector
+        assert shape is not None
+        first, start = found["image_features"][:1], config["bos_token_id"]
+        found["generated_ids"] = image_text.write(model.params["connector"], shape, first, 8, start)
+    return found
+
+
 def _connector(directory: Path, config: ConnectorConfig, rules: list[keys.Rule]) -> Arrays:
     shapes = multimodal.shapes(ModelConfig(connector=config))
     return keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["connector"]
@@ -186,6 +198,7 @@ PARTS = {
     "anymal_perceiver": anymal_perceiver,
     "flamingo_gated_xattn": gated_cross_attention_block,
     "flamingo_perceiver": flamingo_perceiver,
+    "lavis_qformer": lavis_qformer,
     "moondream1_projection": moondream1_projection,
     "moondream2_may2024_vision": moondream2_may2024_vision,
     "otter_gated_xattn": gated_cross_attention_block,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmjax.families import (
     bert,
+    blip_2,
     clip,
     composed,
     doubutsu,
@@ -11,6 +12,7 @@ from mmjax.families import (
     git,
     idefics,
     internvl,
+    lavis,
     llava,
     llava_llama,
     llava_next,
@@ -34,6 +36,9 @@ FAMILIES = (
     llava_llama.FAMILY,
     llava_next.FAMILY,
     internvl.FAMILY,
+    blip_2.BLIP_2,
+    blip_2.INSTRUCTBLIP,
+    lavis.FAMILY,
     clip.FAMILY,
     siglip.FAMILY,
     siglip2.FAMILY,

@@ -17,6 +17,8 @@ from mmjax.families.towers import architecture, norm_rules, read_block, tower, w
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 
+KINDS = {"blip_2_vision_model": "Blip2VisionModel", "instructblip_vision_model": "InstructBlipVisionModel"}
+
 
 def read_tower(fields: Fields) -> ViTConfig:
     """BLIP-2's vision_config."""
@@ -34,8 +36,19 @@ def read_tower(fields: Fields) -> ViTConfig:
     )
 
 
+def expressible(encoder: ViTConfig) -> str:
+    """Why transformers' layout cannot hold an encoder as BLIP-2's; "" if it can."""
+    if encoder.post_norm_eps not in (0.0, encoder.block.norm_eps):
+        return "all norms of its vision tower have one epsilon"
+    fits = encoder.class_token and not encoder.registers and not encoder.pre_norm and encoder.patch_bias
+    block = encoder.block
+    fits = fits and block.norm == "layer" and block.norm_place == "before" and block.key_bias and not block.gated_mlp
+    return "" if fits and encoder.learned_positions and encoder.post_norm else "its vision tower is EVA's, with a bias on the keys"
+
+
 def write(encoder: ViTConfig, base: Config) -> Config:
-    written = {**write_tower(encoder, base, "blip_2_vision_model"), "qkv_bias": encoder.block.qkv_bias}
+    kind = base.get("model_type", "blip_2_vision_model")
+    written = {**write_tower(encoder, base, kind), "qkv_bias": encoder.block.qkv_bias}
     del written["num_channels"]
     return written
 
@@ -71,12 +84,13 @@ def _read(config: Config, where: str) -> ModelConfig:
 
 
 def _write(config: ModelConfig, base: Config) -> Config:
-    return {**write(tower(config), base), "architectures": ["Blip2VisionModel"]}
+    written = write(tower(config), base)
+    return {**written, "architectures": [KINDS[written["model_type"]]]}
 
 
 FAMILY = Family(
-    model_types=("blip_2_vision_model",),
-    about="BLIP-2's EVA ViT-g (arXiv 2301.12597)",
+    model_types=tuple(KINDS),
+    about="EVA ViT-g of BLIP-2 and InstructBLIP (arXiv 2301.12597)",
     read_config=_read,
     write_config=_write,
     rules=_rules,

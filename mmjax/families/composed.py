@@ -102,8 +102,8 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
-    if config.resamples:
-        return _perceiver_rules(config)
+    if config.resamples or config.kind == "qformer":
+        return _layered_rules(config)
     centred = config.norm == "layer"
     table = norm("connector.input_norm", "connector/input_norm", centred) if config.input_norm else []
     if config.output_norm:
@@ -126,10 +126,10 @@ def connector_rules(config: ConnectorConfig) -> list[Rule]:
     return table + [r for name in names for r in linear(f"connector.{name}", f"connector/{name}", config.bias)]
 
 
-def _perceiver_rules(config: ConnectorConfig) -> list[Rule]:
+def _layered_rules(config: ConnectorConfig) -> list[Rule]:
     """`connector.layers.N.` for a layer, and the rest under its own names."""
     paths = tree.flatten(multimodal.shapes(ModelConfig(connector=config)))
-    return [_as_ours(path.replace("connector/layers/", "connector/layers/{i}/"), path) for path in paths]
+    return [_as_ours(path.replace("/layers/", "/layers/{i}/"), path) for path in paths]
 
 
 def _cross_attention_rules(config: ModelConfig) -> list[Rule]:

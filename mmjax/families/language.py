@@ -123,8 +123,20 @@ def run_language(
         media = multimodal.encode_media(params, config, batch, run)
         assert media is not None
         found["connector_output"] = media.reshape(-1, *media.shape[2:])
+        return {**found, **decoded_outputs(params, config, batch, run, states, media)}
+    return {**found, **decoded_outputs(params, config, batch, run, states)}
+
+
+def decoded_outputs(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, states: bool, media: jax.Array | None = None
+) -> dict[str, jax.Array]:
+    """The LLM's share of `run_language`; `media` [groups, tiles, tokens, LLM width] are the media tokens. Of an encoder-decoder also
+    `encoder_last_hidden_state`."""
     assert config.llm is not None
-    reading = multimodal.read(params, config, batch, run)
+    found: dict[str, jax.Array] = {}
+    reading = multimodal.read(params, config, batch, run, media)
+    if reading.encoded is not None:
+        found["encoder_last_hidden_state"] = reading.encoded.last
     decoded = multimodal.decode_reading(params, config, reading, run, return_states=states)
     logits = decoder.head(params["llm"], config.llm, decoded.last)
     found.update(inputs_embeds=reading.x, logits=logits, last_hidden_state=decoded.last)

@@ -179,7 +179,11 @@ def placeholder(config: Config) -> int:
 
 def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     """The batch of foreign inputs. Raises UserError where placeholders and images do not agree in number."""
-    rows = language.text_batch(config, inputs, placeholder(foreign))
+    return spliced(config, language.text_batch(config, inputs, placeholder(foreign)), inputs)
+
+
+def spliced(config: ModelConfig, rows: Batch, inputs: Inputs) -> Batch:
+    """The rows with the pictures whose tokens they hold. Raises UserError where the two do not agree in number."""
     found = int((np.asarray(rows.media) >= 0).sum())
     images = vision.pixels(inputs) if "pixel_values" in inputs else None
     tokens = config.tokens_per_tile if images is None else config.for_pictures(*images.shape[1:3]).tokens_per_tile

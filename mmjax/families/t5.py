@@ -197,19 +197,26 @@ def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Input
         raise UserError("labels are for a T5ForConditionalGeneration")
     if labels is None and "decoder_input_ids" not in inputs:
         raise UserError("decoder_input_ids (or labels, from which they are made) are missing")
+    return _run(params, teaching(config, foreign, inputs), config=config, run=run, states=states)
+
+
+def teaching(config: ModelConfig, foreign: Config, inputs: Inputs, placeholder: int | None = None) -> Batch:
+    """The batch of foreign inputs with `labels` or `decoder_input_ids`, which, where they are not given, are made of the labels."""
+    labels = inputs.get("labels")
     if labels is not None and "decoder_input_ids" not in inputs:
         shifted = np.concatenate([np.full_like(labels[:, :1], config.language.start_token), labels[:, :-1]], 1)
         pad = foreign.get("pad_token_id") or 0
         inputs = {**inputs, "decoder_input_ids": np.where(shifted == language.IGNORED, pad, shifted)}
-    batch = dataclasses.replace(_batch(config, inputs), **language.targets(labels, shifted=False))
+    batch = dataclasses.replace(_batch(config, inputs, placeholder), **language.targets(labels, shifted=False))
     if labels is not None and labels.shape != batch.decoder_tokens.shape:
         raise UserError(f"labels are {list(labels.shape)}, decoder_input_ids {list(batch.decoder_tokens.shape)}")
-    return _run(params, batch, config=config, run=run, states=states)
+    return batch
 
 
-def _batch(config: ModelConfig, inputs: Inputs) -> Batch:
+def _batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = None) -> Batch:
     """What the encoder reads, and what the decoder has read of its own, if that is given."""
-    batch = language.text_batch(config, {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs})
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    batch = language.text_batch(config, given, placeholder)
     prefix = {name: inputs[f"decoder_{name}"] for name in ("input_ids", "attention_mask") if f"decoder_{name}" in inputs}
     if "input_ids" not in prefix:
         return batch
@@ -219,7 +226,7 @@ def _batch(config: ModelConfig, inputs: Inputs) -> Batch:
     return dataclasses.replace(batch, decoder_tokens=begun.tokens, decoder_segments=begun.segments)
 
 
-def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+def prompt(config: ModelConfig, foreign: Config, inputs: Inputs, placeholder: int | None = None) -> Batch:
     """As in transformers, a beginning of the answer that has no start token is given one."""
     if config.language.encoder is None or not config.language.has_head:
         raise UserError("this T5 generates nothing: it is no T5ForConditionalGeneration")
@@ -233,7 +240,7 @@ def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
         inputs = {**inputs, "decoder_input_ids": np.concatenate([start, given], 1)}
         if (mask := inputs.get("decoder_attention_mask")) is not None:
             inputs = {**inputs, "decoder_attention_mask": np.concatenate([np.ones_like(mask[:, :1]), mask], 1)}
-    return _batch(config, inputs)
+    return _batch(config, inputs, placeholder)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run", "states"))
@@ -274,7 +281,7 @@ FAMILY = Family(
     rules=_rules,
     inputs=("input_ids", "attention_mask", "decoder_input_ids", "decoder_attention_mask", "labels"),
     outputs=_outputs,
-    prompt=_prompt,
+    prompt=prompt,
     complete=_complete,
     copies=_copies,
     # Old files have a second table of positions, which never was used.

@@ -71,7 +71,7 @@ class Attention(nn.Module):
             return Linear(width, bias, self.adapters, self.deterministic, name=name)
 
         def heads(name: str, count: int) -> jax.Array:
-            y = linear(name, count * c.head_dim, c.qkv_bias)(x)
+            y = linear(name, count * c.head_dim, c.qkv_bias and (name != "key" or c.key_bias))(x)
             if c.clip_qkv:
                 y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
             whole = name != "value" and c.qk_norm

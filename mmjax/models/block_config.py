@@ -57,6 +57,7 @@ class BlockConfig:
 
     norm_place      "before": x + f(norm(x)); "after": norm(x + f(x)) (BERT); "both": x + norm'(f(norm(x))) (Gemma 2)
     norm_bias       of layer norms
+    key_bias        whether keys have a bias where queries and values have one (EVA's have none)
     parallel_norms  0: attention, then the MLP. Else both read the same x, x + attention(norm(x)) + mlp(norm'(x)), through
                     1 norm (phi) or 2 (GPT-NeoX)
     qk_norm         a norm on queries and keys, over each head's channels or over all of them; qk_norm_eps 0 = norm_eps
@@ -83,6 +84,7 @@ class BlockConfig:
     rope: Rope | None = None
     norm_place: Literal["before", "after", "both"] = "before"
     norm_bias: bool = True
+    key_bias: bool = True
     parallel_norms: Literal[0, 1, 2] = 0
     qk_norm: NormKind | Literal[""] = ""
     qk_norm_over: Literal["head", "width"] = "head"

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models import perceiver
+from mmjax.models import perceiver, qformer
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_uniform
@@ -20,14 +20,17 @@ Params = dict[str, Any]
 def init(key: jax.Array, config: ConnectorConfig) -> Params:
     """Fresh parameters as the published connectors have them: weights and biases U(-1/sqrt(in), 1/sqrt(in)).
 
-    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver.
-    A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is; embeddings of frames are 0, as GIT's are.
+    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver
+    and mmjax.models.qformer. A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is; embeddings of frames are 0, as GIT's
+    are.
     """
     params: Params = {}
     if config.newline:
         params["newline"] = jax.random.normal(jax.random.fold_in(key, 1 << 16), (config.out_width,)) * config.out_width**-0.5
     if config.resamples:
         return {**params, **perceiver.init(key, config)}
+    if config.kind == "qformer":
+        return {**params, **qformer.init(key, config)}
     if config.input_norm:
         params["input_norm"] = _norm(config).init(key, jnp.zeros((1, grouped_width(config))))["params"]
     if config.kind == "residual_mlp":
@@ -61,10 +64,12 @@ def connect(
     adapters=(),
     run: Execution = Execution(),
     frames: bool = False,
+    text: qformer.Text | None = None,
 ) -> jax.Array:
     """Features [..., positions, in_width], or what `pool` made of them -> [..., tokens, out_width].
 
     frames   they are [..., frames, positions, in_width], and a perceiver makes the tokens of all frames together
+    text     int [..., L] twice: what a Q-Former reads beside each of them
     Raises ValueError when the features have another number of positions or width than the connector was made for.
     """
     if features.shape[-2:] == (config.positions, config.in_width):
@@ -79,6 +84,11 @@ def connect(
     if config.resamples:
         media = features[..., None, :, :, :] if frames else features[..., None, None, :, :]
         return perceiver.resample(params, config, media, None, adapters, run)[..., 0, :, :]
+    if config.kind == "qformer":
+        flat = features.reshape(-1, *features.shape[-2:])
+        beside = text and qformer.Text(*(a.reshape(-1, a.shape[-1]) for a in text))
+        out = qformer.connect(params, config, flat, beside, adapters, run)
+        return out.reshape(*features.shape[:-2], *out.shape[1:])
     x = group(config, features)
     if config.input_norm:
         x = apply(_norm(config), params["input_norm"], x)

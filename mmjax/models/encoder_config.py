@@ -78,6 +78,7 @@ class ViTConfig:
     pre_norm        a layer norm in front of the first block
     post_norm       what the layer norm behind the last block acts on: "states" (all of them, before pooling), "pooled" (CLIP:
                     the pooled state alone), "both" (BLIP-2: all states, and the pooled one once more), "" = there is none
+    post_norm_eps   its epsilon; 0 = the blocks' (LAVIS's BLIP-2 has another)
     pooling         how states become one; "class_and_mean" joins the class token and the mean of the patches on channels
     pooler          width of a Linear with `pooler_activation` over the pooled state, which no head reads (ViT); 0 = none
     projection      width of the bias-free projection of the pooled state; 0 = none
@@ -99,6 +100,7 @@ class ViTConfig:
     patch_bias: bool = True
     pre_norm: bool = False
     post_norm: Literal["", "states", "pooled", "both"] = "states"
+    post_norm_eps: float = 0.0
     pooling: Literal["none", "class_token", "attention", "mean", "class_and_mean"] = "none"
     pooler: int = 0
     pooler_activation: Activation | Literal["tanh"] = "tanh"
@@ -204,24 +206,30 @@ class ConnectorConfig:
       residual_mlp  MLP, layer norm, then x + MLP(x), both through `hidden_width` (moondream 1)
       perceiver, cross_self_perceiver  `latents` learned queries read the positions in `depth` layers of `hidden_width`
                   (Flamingo, AnyMAL; see mmjax.models.perceiver)
+      qformer     `latents` learned queries run through `depth` layers of a BERT, and read the positions in every `cross_every`-th of
+                  them (BLIP-2; see mmjax.models.qformer); then a Linear
       identity    nothing
 
     input_norm     a norm in front of the parameters (VILA, AnyMAL, Gemma 3); a perceiver has its own
     output_norm    a norm behind them (GIT)
-    norm, norm_eps   of these two
+    norm, norm_eps   of these two; norm_eps also of a Q-Former's
     squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
     token_order    in which order space_to_depth hands out its blocks: row by row, or column by column (VILA-1.5)
-    heads, head_dim   of a perceiver; head_dim 0 = hidden_width / heads
+    heads, head_dim   of a perceiver or Q-Former; head_dim 0 = hidden_width / heads
     widening       how much wider a perceiver's MLPs are than its latents
     frames         embeddings of a video's frames: a perceiver's own, else added to the features of each frame (GIT); 0 = none
     media          a perceiver's embeddings of a text's media; 0 = none
     merge          how the tokens of a picture's tiles become those of the picture (see mmjax.data.picture_tokens)
     qk_norm        a layer norm over each head's queries and keys in a perceiver (IDEFICS)
+    mlp_width      of a Q-Former's feed-forward layers; 0 = 4 * hidden_width
+    text_vocab, text_positions   rows of a Q-Former's tables of words and of their positions; 0 = it reads no text
+    contrast_width   width in which a Q-Former compares pictures with texts; with it the heads of BLIP-2's first stage are there
+                  (mmjax.models.image_text). 0 = none
     With a `grid` the square map of positions is first averaged to grid x grid cells (overlapping where grid does not divide
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
 
-    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", "perceiver", "cross_self_perceiver", "identity"]
+    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", "perceiver", "cross_self_perceiver", "qformer", "identity"]
     in_width: int
     out_width: int
     positions: int
@@ -246,6 +254,11 @@ class ConnectorConfig:
     media: int = 0
     merge: Merge = "flat"
     qk_norm: bool = False
+    cross_every: int = 2
+    mlp_width: int = 0
+    text_vocab: int = 0
+    text_positions: int = 512
+    contrast_width: int = 0
 
     @property
     def newline(self) -> bool:
@@ -272,7 +285,7 @@ class ConnectorConfig:
             return self.pooled_tokens
         if self.kind == "concat":
             return self.pooled // self.group
-        if self.resamples:
+        if self.resamples or self.kind == "qformer":
             return self.latents
         if self.kind == "space_to_depth":
             return (-(-math.isqrt(self.pooled) // self.group)) ** 2

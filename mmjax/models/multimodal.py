@@ -11,7 +11,16 @@ import jax.numpy as jnp
 from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.models import adapters as lora
-from mmjax.models import connectors, decoder, encoder_decoder, gated_cross_attention, mobilenet_v2, text_tower, vit
+from mmjax.models import (
+    connectors,
+    decoder,
+    encoder_decoder,
+    gated_cross_attention,
+    mobilenet_v2,
+    qformer,
+    text_tower,
+    vit,
+)
 from mmjax.models.attention import Mask
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
@@ -82,17 +91,29 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         features = stitch(config.features.stitching, features, batch.grids)
     features = features.astype(run.dtype)
     leaves = params.get("connector", {})  # the identity has none
-    return connectors.connect(leaves, config.connector, features, config.adapters, run, frames=features.ndim == 5)
+    return connectors.connect(leaves, config.connector, features, config.adapters, run, features.ndim == 5, connector_text(batch))
 
 
-def embed(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:
-    """Token embeddings with the media tokens spliced in, [rows, length, LLM width].
+def connector_text(batch: Batch) -> qformer.Text | None:
+    """The text that a Q-Former reads beside each tile, [groups, tiles, L]; None where there is none."""
+    if batch.connector_tokens is None:
+        return None
+    return qformer.Text(batch.connector_tokens, batch.connector_segments)
+
+
+def embed(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, media: jax.Array | None = None
+) -> jax.Array:
+    """Token embeddings with the media tokens spliced in, [rows, length, LLM width]; `media` are what `encode_media` would give, where
+    they are made already.
 
     A gather: each position picks its media token or keeps its text embedding. Rows reach into their own group only, so no
     features cross devices when groups and rows are sharded alike.
     """
     x = decoder.embed(params["llm"], config.language, batch.tokens, run)
-    media = encode_media(params, config, batch, run) if config.cross_attention is None else None
+    if config.cross_attention is not None:  # media are read between the blocks
+        return x
+    media = encode_media(params, config, batch, run) if media is None else media
     if media is None:
         return x
     groups, tiles, tokens, width = media.shape
@@ -152,10 +173,12 @@ class Remembered(NamedTuple):
         return Remembered(memory, self.media.repeated(times) if self.media is not None else None)
 
 
-def read(params: Params, config: ModelConfig, batch: Batch, run: Execution, **settings: Any) -> Reading:
-    """A batch, embedded; an encoder-decoder's encoder reads `tokens` and its media. `settings` are the encoder's, those of
-    mmjax.models.decoder.decode."""
-    x = embed(params, config, batch, run)
+def read(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, media: jax.Array | None = None, **settings: Any
+) -> Reading:
+    """A batch, embedded; an encoder-decoder's encoder reads `tokens` and its media (see `embed`). `settings` are the encoder's, those
+    of mmjax.models.decoder.decode."""
+    x = embed(params, config, batch, run, media)
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
         media = crossed_media(params, config, batch, run)

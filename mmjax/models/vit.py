@@ -215,7 +215,8 @@ def _mask(pictures: Pictures, queries: int) -> Mask:
 
 
 def post_norm(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
-    return apply(_norm(config), params["post_norm"], state) if config.post_norm else state
+    norm = Norm("layer", config.post_norm_eps or config.block.norm_eps)
+    return apply(norm, params["post_norm"], state) if config.post_norm else state
 
 
 def last_state(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:

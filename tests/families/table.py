@@ -29,6 +29,11 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
     "test_llava_next": ("logits, loss, greedy tokens, files both ways", {"llava_next", "internvl"}),
     "test_llava": ("logits, loss, greedy tokens, files both ways", {"llava"}),
     "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma", "gemma3", "git"}),
+    "test_blip_2": ("logits, loss, queries, greedy tokens, files both ways", {"blip-2", "instructblip"}),
+    "test_lavis": (
+        "embeddings, matching, losses and captions recorded from LAVIS's own code; states against transformers' Q-Former, files both ways",
+        {"lavis_qformer"},
+    ),
     "test_golden": (
         "logits and greedy tokens recorded from LLaVA's own code around a Llama",
         {"llava_llama", "llava", "llava_mistral", "llava_qwen"},
@@ -53,7 +58,7 @@ def kind(family: Family) -> str:
         return "language model"
     if family in parts.VISION:
         return "vision encoder"
-    if "pixel_values" not in family.inputs and family.prompt is None:
+    if not {"pixel_values", "image"} & set(family.inputs) and family.prompt is None:
         return "text encoder"
     return "two towers" if family.prompt is None else "multimodal"
 

@@ -62,6 +62,7 @@ TOWERS = {
     "registers, classes": lambda: classifier("Dinov2WithRegisters", **SHAPE, mlp_ratio=2, num_register_tokens=2),
     "blip 2": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**MLP, hidden_act="gelu_pytorch_tanh")),
     "blip 2, no bias": lambda: hf.Blip2VisionModel(hf.Blip2VisionConfig(**MLP, qkv_bias=False)),
+    "instructblip": lambda: hf.InstructBlipVisionModel(hf.InstructBlipVisionConfig(**MLP)),
     "internvl": lambda: internvl(
         image_size=[28, 28],
         norm_type="rms_norm",
@@ -74,7 +75,7 @@ TOWERS = {
     "clip": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**MLP, projection_dim=20)),
     "siglip": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**MLP)),
 }
-ASKED = ("vit", "blip", "clip", "siglip")  # transformers interpolates in these where it is asked to, in others always
+ASKED = ("vit", "blip", "instructblip", "clip", "siglip")  # transformers interpolates in these where it is asked to, in others always
 
 
 def randomised(model):
