@@ -87,7 +87,7 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
     full = from_config_dict(expand.config(name, argument))
     small = from_config_dict(expand.config(name, f"{argument},tiny"))
     parts = {"llm": _part(full, small, "llm", chosen.llm), "vision": _part(full, small, "vision", chosen.vision)}
-    seen = {"feature_layers": (-1,), "post_norm": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
+    seen = {"feature_layers": (-1,), "post_norm": False, "keep_class_token": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
     if parts["vision"].path == "":
         seen = {}
     model = dataclasses.replace(small.model, **parts, **seen, system="", dtype="float32")
