@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import importlib
 import math
 import re
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, Any, Iterator
 
 from mmjax.config_parsing import nearest
 from mmjax.hub import REPOSITORY
+from mmjax.models.encoder_config import CONNECTORS, PERCEIVERS
 
 if TYPE_CHECKING:
     from mmjax.config import Connector, FewShot, Model, Part, Recipe, Source, Stage
 
-PERCEIVERS = ("perceiver", "cross_self_perceiver")
-CONNECTORS = ("linear", "mlp", "residual_mlp", "pooled_mlp", "concat", "space_to_depth", "qformer", "identity", *PERCEIVERS)
 MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
 # Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
@@ -148,7 +148,7 @@ def _connector(connector: Connector) -> Iterator[str]:
     kind = connector.kind
     named = re.fullmatch(r"mlp[1-9]\d*x_gelu", kind)
     if kind not in CONNECTORS and not named:
-        yield f"model.connector.kind is {kind!r}; it must be one of {', '.join(CONNECTORS)}, or mlpNx_gelu."
+        yield from _own_connector(kind)
     if named and connector.depth:
         yield f"model.connector.depth is {connector.depth}, and kind={kind!r} says how deep it is; leave out one of the two."
     if connector.input_norm and kind in PERCEIVERS:
@@ -163,6 +163,20 @@ def _connector(connector: Connector) -> Iterator[str]:
         yield "model.connector.contrast_width compares pictures with texts; model.connector.text_vocab says how many words those have."
     if connector.squeeze_width and kind not in MLPS and not named:
         yield f"model.connector.squeeze_width is a layer of an MLP ({', '.join(MLPS)}), which kind={kind!r} has not."
+
+
+def _own_connector(kind: str) -> Iterator[str]:
+    """A connector that is none of ours is a module, which is imported here."""
+    try:
+        module = importlib.import_module(kind) if re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", kind) else None
+    except ImportError:
+        module = None
+    if module is None:
+        known = f"{', '.join(CONNECTORS)}, mlpNx_gelu"
+        near = f" Did you mean {nearest(kind, list(CONNECTORS))!r}?"
+        yield f"model.connector.kind is {kind!r}; it must be one of {known}, or the name of a module of your own.{near}"
+    elif missing := [name for name in ("tokens", "init", "connect") if not callable(getattr(module, name, None))]:
+        yield f"model.connector.kind: the module {kind!r} has no function {missing[0]}; a connector has tokens, init and connect."
 
 
 def _template(key: str, name: str) -> Iterator[str]:

@@ -253,6 +253,8 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
 
 
 def _connector_rows(path: str, config: ConnectorConfig) -> int:
+    if config.own is not None:  # as if every weight met every position
+        return max(config.pooled, config.tokens)
     if config.kind == "qformer":  # the text's own layers and the heads of its first stage are another objective's
         if "/text_mlp/" in path or path.startswith("connector/heads/"):
             return 0

@@ -35,7 +35,7 @@ def _read(config: Config, where: str) -> ModelConfig:
         stitching = Stitching(**features["stitching"]) if features.get("stitching") else None
         spec = FeatureSpec(**{**features, "layers": tuple(features["layers"]), "stitching": stitching})
         shape = ConnectorConfig(**connector)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{where}: the connector or its features are not described as they must be: {error}") from error
     tower = parts.vision(image, f"{where}: vision_config").read_config(image, f"{where}: vision_config")
     if size := fields.get("image_size", 0):
@@ -59,7 +59,7 @@ def _cross_attention(fields: Fields) -> GatedCrossAttentionConfig | None:
     try:
         block = BlockConfig(**written["block"])
         return GatedCrossAttentionConfig(**{**written, "block": block, "layers": tuple(written["layers"])})
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{fields.where}: cross_attention is not described as it must be: {error}") from error
 
 
@@ -102,7 +102,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
-    if config.resamples or config.kind == "qformer":
+    if config.resamples or config.kind == "qformer" or config.own is not None:
         return _layered_rules(config)
     centred = config.norm == "layer"
     table = norm("connector.input_norm", "connector/input_norm", centred) if config.input_norm else []

@@ -1,4 +1,14 @@
-"""Connectors: encoder features [..., positions, in_width] -> LLM tokens [..., tokens, out_width]."""
+"""Connectors: encoder features [..., positions, in_width] -> LLM tokens [..., tokens, out_width].
+
+A connector of one's own is a module with three functions, and a recipe whose model.connector.kind is the module's name:
+
+    tokens(config) -> int                                          LLM tokens of one image
+    init(key, config) -> params                                    a nested dict of arrays; Linears as {"kernel": [in, out], "bias": [out]}
+    connect(params, config, features, adapters, run) -> tokens     [..., positions, in_width] -> [..., tokens, out_width]
+
+`config` is the ConnectorConfig, whose other fields (latents, hidden_width, ...) are at its disposal. Training, sharding, saving and loading
+need no more; layers below a name `layers` are stacked on axis 0.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +37,8 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     params: Params = {}
     if config.newline:
         params["newline"] = jax.random.normal(jax.random.fold_in(key, 1 << 16), (config.out_width,)) * config.out_width**-0.5
+    if config.own is not None:
+        return {**params, **config.own.init(key, config)}
     if config.resamples:
         return {**params, **perceiver.init(key, config)}
     if config.kind == "qformer":
@@ -81,6 +93,8 @@ def connect(
         )
     if frames and not config.resamples:
         raise ValueError(f"a {config.kind} connector reads single pictures, not the frames of a medium together")
+    if config.own is not None:
+        return config.own.connect(params, config, features, adapters, run)
     if config.resamples:
         media = features[..., None, :, :, :] if frames else features[..., None, None, :, :]
         return perceiver.resample(params, config, media, None, adapters, run)[..., 0, :, :]

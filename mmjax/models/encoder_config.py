@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
+from types import ModuleType
 from typing import Literal, Union
 
 from mmjax.models.block_config import Activation, BlockConfig, NormKind
@@ -192,6 +194,10 @@ EncoderConfig = Union[ViTConfig, MobileNetV2Config]
 Merge = Literal["flat", "spatial", "spatial_unpad"]
 
 
+PERCEIVERS = ("perceiver", "cross_self_perceiver")
+CONNECTORS = ("linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", *PERCEIVERS, "qformer", "identity")
+
+
 @dataclasses.dataclass(frozen=True)
 class ConnectorConfig:
     """From encoder features [items, positions, in_width] to LLM tokens [items, tokens, out_width].
@@ -209,6 +215,7 @@ class ConnectorConfig:
       qformer     `latents` learned queries run through `depth` layers of a BERT, and read the positions in every `cross_every`-th of
                   them (BLIP-2; see mmjax.models.qformer); then a Linear
       identity    nothing
+      a module's name, with a dot or without   a connector of one's own (see mmjax.models.connectors)
 
     input_norm     a norm in front of the parameters (VILA, AnyMAL, Gemma 3); a perceiver has its own
     output_norm    a norm behind them (GIT)
@@ -229,7 +236,7 @@ class ConnectorConfig:
     the side, as torch's adaptive average pooling), of whatever kind the connector is.
     """
 
-    kind: Literal["linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", "perceiver", "cross_self_perceiver", "qformer", "identity"]
+    kind: str
     in_width: int
     out_width: int
     positions: int
@@ -260,6 +267,18 @@ class ConnectorConfig:
     text_positions: int = 512
     contrast_width: int = 0
 
+    def __post_init__(self) -> None:
+        # Only what a recipe names is imported (mmjax.config_checks): a directory's config.json cannot make any code run.
+        if self.kind not in CONNECTORS and self.kind not in sys.modules:
+            raise ValueError(
+                f"{self.kind!r} is no kind of connector ({', '.join(CONNECTORS)}); if it is a module of your own, import it first"
+            )
+
+    @property
+    def own(self) -> ModuleType | None:
+        """The module of a connector that is none of ours."""
+        return None if self.kind in CONNECTORS else sys.modules[self.kind]
+
     @property
     def newline(self) -> bool:
         """Whether there is a learned vector that stands behind every row of a picture's tokens."""
@@ -271,7 +290,7 @@ class ConnectorConfig:
 
     @property
     def resamples(self) -> bool:
-        return self.kind in ("perceiver", "cross_self_perceiver")
+        return self.kind in PERCEIVERS
 
     @property
     def pooled(self) -> int:
@@ -281,6 +300,8 @@ class ConnectorConfig:
     @property
     def tokens(self) -> int:
         """LLM tokens for one image tile."""
+        if self.own is not None:
+            return self.own.tokens(self)
         if self.kind == "pooled_mlp":
             return self.pooled_tokens
         if self.kind == "concat":
