@@ -185,7 +185,16 @@ class Model:
         return PictureTokens(connector.tokens, processor.shape[:2], processor.tiling, merge)
 
     def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
-        """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate."""
+        """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate.
+
+        Raises UserError for pictures where a position has several axes: messages do not make those yet.
+        """
+        rope = self.config.llm.block.rope if self.config.llm else None
+        if rope and rope.sections and any(example.images for row in rows for example in row):
+            raise UserError(
+                f"pictures in messages are not supported for a {self.family.model_types[0]}, whose positions have several axes; "
+                "call the model with its processor's inputs"
+            )
         known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": self.connector_text}
         known |= {"stitched": self.config.features.stitching is not None}
         known |= {"row_media": 0} if self.config.cross_attention is not None else {}

@@ -36,6 +36,10 @@ DIRECTORIES = [
     "idefics/additional_vocab_vector_gates_resampler",
     "idefics/no_additional_vocab_float_gates_no_resampler_labels",
     *(f"anymal_linear/{name}" for name in ("linear1", "mlp2")),
+    *(f"paligemma/{name}" for name in ("prefix_and_suffix", "prefix_only_generate")),
+    *(f"git/{name}" for name in ("image_caption_right_padded", "video_six_frames_temporal_embedding")),
+    "gemma3/sliding_and_full_one_image",
+    "qwen2_vl/one_image_4x6",
     *(f"vision_zoo/{name}" for name in ("clip_vision", "siglip")),
     *(f"llm_zoo/{name}" for name in ("llama", "llama_llama3_rope", "mistral")),
 ]

@@ -113,12 +113,13 @@ def run_language(
     assert batch.segments is not None and batch.positions is not None
     found: dict[str, jax.Array] = {}
     if batch.images is not None:
-        config = config.for_pictures(*batch.images.shape[-3:-1])
+        config = multimodal.fitted(config, batch.images)
         assert config.connector is not None
         features, connected = media_features(params, config, batch, run)
         names = ["image_features"] + [f"image_features_{i}" for i in range(1, len(features))]
         found.update(zip(names, features))
-        connected = connected.reshape(*batch.images.shape[:-3], *connected.shape[1:])
+        leading = batch.images.pixels.shape[:-2] if isinstance(batch.images, vit.Patches) else batch.images.shape[:-3]
+        connected = connected.reshape(*leading, *connected.shape[1:])
         batch = dataclasses.replace(batch, images=None, features=connected)
         media = multimodal.encode_media(params, config, batch, run)
         assert media is not None
@@ -156,7 +157,7 @@ def media_features(
     """The encoder's states of the feature layers with what stands before the patches, and what the connector reads: of all
     pictures one after another."""
     assert batch.images is not None
-    images = jnp.asarray(batch.images)
+    images = jax.tree.map(jnp.asarray, batch.images)
     if not isinstance(config.vision, ViTConfig) or config.features.pooled:
         found = multimodal.vision_features(params, config, images, run)
         found = found.reshape(-1, *found.shape[-2:])

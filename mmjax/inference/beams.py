@@ -28,7 +28,7 @@ class Beams(NamedTuple):
     unsettled: jax.Array  # bool [rows]
     limit: jax.Array  # int32 []: tokens at most
     cache: Cache  # of rows * beams, all that stands before the last token chosen
-    position: jax.Array  # int32 [rows * beams]: of the last token
+    position: jax.Array  # int32 [rows * beams], or [rows * beams, axes]: of the last token
     segment: jax.Array  # int32 [rows * beams]
     seen: jax.Array  # bool [rows * beams, vocab], or [.., 0] without a repetition penalty
 

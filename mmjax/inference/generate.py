@@ -179,7 +179,7 @@ def divided(params: Params, batch: Batch) -> Batch:
     """The batch on the devices of the parameters' mesh, rows and media groups apart; unchanged where they cannot be divided."""
     media = next((m for m in (batch.images, batch.features) if m is not None), None)
     mesh, shards = shards_of(params, batch.tokens.shape[0])
-    if mesh is None or (media is not None and media.shape[0] % shards):
+    if mesh is None or (media is not None and len(jax.tree.leaves(media)[0]) % shards):
         return batch
     return jax.device_put(batch, batch_shardings(batch, mesh))
 
@@ -230,7 +230,10 @@ def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, 
     cache = decoder.empty_cache(config.language, rows, length + room, run.dtype)
     out = multimodal.decode_reading(params, config, reading, run, cache=cache)
     logits = multimodal.head(params, config, out.last[:, -1])
-    prompt = {"cache": out.cache, "position": reading.positions[:, -1], "segment": reading.segments[:, -1]}
+    position = reading.positions[:, -1]
+    if position.ndim == 2:  # of several axes: the largest, whatever stands last
+        position = jnp.broadcast_to(reading.positions.max((1, 2))[:, None], position.shape)
+    prompt = {"cache": out.cache, "position": position, "segment": reading.segments[:, -1]}
     media = reading.media.at_end() if reading.media is not None else None
     return logits, prompt, multimodal.Remembered(reading.memory, media)
 

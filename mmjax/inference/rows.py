@@ -21,7 +21,7 @@ class Rows(NamedTuple):
     scores: jax.Array  # float32 [rows, room, vocab], or [rows, 0, vocab] when not asked for
     limit: jax.Array  # int32 []: tokens at most
     cache: Cache  # of all that stands before the last token chosen
-    position: jax.Array  # int32 [rows]: of the last token
+    position: jax.Array  # int32 [rows], or [rows, axes]: of the last token
     segment: jax.Array  # int32 [rows]
     seen: jax.Array  # bool [rows, vocab], or [rows, 0] without a repetition penalty
 

@@ -17,8 +17,11 @@ class Rope:
     """Rotary position embedding (arXiv 2104.09864) and its published context extensions; see mmjax.models.rope.
 
     `fraction` of each head's channels is rotated, the rest passes through (phi, GPT-NeoX).
+    `sections` says how many angles of a head each axis of a position turns, the axes taking turns (M-RoPE, arXiv 2409.12191);
+    () = a position is one number, or all its axes are the same.
 
-    factor, original_length   of every extension
+    axial                     every one of the `sections` has all the frequencies
+    factor, original_length   of every other extension
     low/high_frequency_factor     llama3
     max_length                    dynamic: positions up to here are not scaled
     beta_fast, beta_slow, truncate    yarn: where the passage between scaled and unscaled wavelengths lies
@@ -28,7 +31,8 @@ class Rope:
 
     theta: float = 10000.0
     fraction: float = 1.0
-    kind: Literal["default", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
+    sections: tuple[int, ...] = ()
+    kind: Literal["default", "axial", "linear", "dynamic", "yarn", "longrope", "llama3"] = "default"
     factor: float = 1.0
     low_frequency_factor: float = 1.0
     high_frequency_factor: float = 4.0

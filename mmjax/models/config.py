@@ -168,6 +168,11 @@ class ModelConfig:
         resized = self.for_pictures(size, size)
         return dataclasses.replace(resized, vision=resized.vision.at_size(size)) if resized.vision else resized
 
+    def for_patches(self, count: int) -> ModelConfig:
+        """The same with a connector for pictures of so many patches, padding included."""
+        assert self.connector is not None
+        return dataclasses.replace(self, connector=dataclasses.replace(self.connector, positions=count))
+
     def for_pictures(self, height: int, width: int) -> ModelConfig:
         """The same with a connector for what the encoder makes of pictures of this height and width."""
         if self.connector is None or not isinstance(self.vision, ViTConfig) or self.features.pooled:

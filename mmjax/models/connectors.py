@@ -44,7 +44,8 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
     if config.kind == "qformer":
         return {**params, **qformer.init(key, config)}
     if config.input_norm:
-        params["input_norm"] = _norm(config).init(key, jnp.zeros((1, grouped_width(config))))["params"]
+        width = config.in_width if config.norm_each else grouped_width(config)
+        params["input_norm"] = _norm(config).init(key, jnp.zeros((1, width)))["params"]
     if config.kind == "residual_mlp":
         keys = jax.random.split(key, 2)
         wide, narrow = jnp.zeros((1, config.in_width)), jnp.zeros((1, config.out_width))
@@ -103,8 +104,10 @@ def connect(
         beside = text and qformer.Text(*(a.reshape(-1, a.shape[-1]) for a in text))
         out = qformer.connect(params, config, flat, beside, adapters, run)
         return out.reshape(*features.shape[:-2], *out.shape[1:])
+    if config.input_norm and config.norm_each:
+        features = apply(_norm(config), params["input_norm"], features)
     x = group(config, features)
-    if config.input_norm:
+    if config.input_norm and not config.norm_each:
         x = apply(_norm(config), params["input_norm"], x)
     if config.kind == "residual_mlp":
         x = apply(_mlp(config, adapters), params["first"], x)

@@ -74,6 +74,7 @@ class ViTConfig:
     image_size      side in pixels of the pictures that it is run on
     native_size     side of the pictures whose positions are stored; 0 = image_size. Others have them interpolated
     naflex          its publisher's model takes pictures of any shape, cut into patches (arXiv 2502.14786)
+    patch_frames    pictures of a video that one patch spans; a single picture stands there as often (Qwen2-VL)
     registers       tokens without a position between the class token and the patches (arXiv 2309.16588)
     mask_token      an unused vector is kept, which only pretraining needed
     learned_positions   whether there are any
@@ -95,6 +96,7 @@ class ViTConfig:
     native_size: int = 0
     interpolation: Interpolation = "bicubic"
     naflex: bool = False
+    patch_frames: int = 1
     class_token: bool = False
     registers: int = 0
     mask_token: bool = False
@@ -218,6 +220,7 @@ class ConnectorConfig:
       a module's name, with a dot or without   a connector of one's own (see mmjax.models.connectors)
 
     input_norm     a norm in front of the parameters (VILA, AnyMAL, Gemma 3); a perceiver has its own
+    norm_each      ... of each position, before positions are put together (Qwen2-VL)
     output_norm    a norm behind them (GIT)
     norm, norm_eps   of these two; norm_eps also of a Q-Former's
     squeeze_width  one more Linear, activation and layer norm in front of an MLP's `depth` (VILA's 3x3); 0 = none
@@ -248,6 +251,7 @@ class ConnectorConfig:
     pooled_tokens: int = 1
     grid: int = 0
     input_norm: bool = False
+    norm_each: bool = False
     output_norm: bool = False
     norm: NormKind = "layer"
     norm_eps: float = 1e-5

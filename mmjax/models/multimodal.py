@@ -66,11 +66,23 @@ def normalise(config: ModelConfig, images: jax.Array) -> jax.Array:
 
 
 def vision_features(params: Params, config: ModelConfig, images: jax.Array, run: Execution) -> jax.Array:
-    """Pixels [..., height, width, channels] -> what the connector reads [..., positions, width]."""
+    """Pixels [..., height, width, channels], or vit.Patches [..., patches, pixels] -> what the connector reads [..., positions, width]."""
+    if isinstance(images, vit.Patches):
+        before = images.pixels.shape[:-2]
+        flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(before) :]), images)
+        out = vit.features(params["vision"], config.vision, config.features, flat, run, config.adapters)
+        return out.reshape(*before, *out.shape[1:])
     pixels = normalise(config, images)
     flat = pixels.reshape(-1, *pixels.shape[-3:])
     out = _encoder(config).features(params["vision"], config.vision, config.features, flat, run, config.adapters)
     return out.reshape(*pixels.shape[:-3], *out.shape[1:])
+
+
+def fitted(config: ModelConfig, images: vit.Pictures) -> ModelConfig:
+    """The shapes with a connector for these pictures."""
+    if isinstance(images, vit.Patches):
+        return config.for_patches(images.pixels.shape[-2])
+    return config.for_pictures(*images.shape[-3:-1])
 
 
 def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array | None:
@@ -80,7 +92,7 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
         features = batch.features.astype(run.dtype)
     elif batch.images is not None:
         features = vision_features(params, config, batch.images, run)
-        config = config.for_pictures(*batch.images.shape[-3:-1])
+        config = fitted(config, batch.images)
     else:
         return None
     if config.connector is None:

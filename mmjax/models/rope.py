@@ -12,12 +12,18 @@ from mmjax.models.block_config import Rope
 
 
 def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines [rows, length, rotated / 2] in float32 for positions [rows, length].
+    """Cosines and sines [rows, length, rotated / 2] in float32 for positions [rows, length], or [rows, length, axes] with
+    `rope.sections`.
 
     "dynamic" and "longrope" choose their frequencies by the largest position of the whole batch, as transformers does.
     """
     longest = positions.max() + 1
-    angles = positions[..., None].astype(jnp.float32) * frequencies(rope, head_dim, longest)
+    if positions.ndim == 3:
+        turned_by = np.repeat(np.arange(len(rope.sections)) % positions.shape[-1], rope.sections)
+        each = positions[..., turned_by]
+    else:
+        each = positions[..., None]
+    angles = each.astype(jnp.float32) * frequencies(rope, head_dim, longest)
     return jnp.cos(angles) * rope.attention_factor, jnp.sin(angles) * rope.attention_factor
 
 
@@ -42,6 +48,8 @@ def frequencies(rope: Rope, head_dim: int, longest: jax.Array | int = 0) -> jax.
     longrope   a divisor for each channel, one set up to `original_length` and another beyond (arXiv 2402.13753)
     """
     rotated = int(head_dim * rope.fraction)
+    if rope.kind == "axial":
+        return jnp.concatenate([frequencies(Rope(rope.theta), 2 * angles) for angles in rope.sections])
     exponents = np.arange(0, rotated, 2, dtype=np.float32) / np.float32(rotated)
     if rope.kind == "dynamic":
         length = jnp.maximum(longest, rope.max_length).astype(jnp.float32)

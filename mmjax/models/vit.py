@@ -18,6 +18,7 @@ from mmjax.models.config import Execution, LoraConfig
 from mmjax.models.encoder_config import FeatureSpec, ViTConfig
 from mmjax.models.interpolation import resized, resized_to_each
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_normal
+from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
 
 Params = dict[str, Any]
@@ -28,14 +29,17 @@ Params = dict[str, Any]
 class Patches:
     """Normalised pictures of unequal shapes, cut into patches (NaFlex, arXiv 2502.14786).
 
-    pixels  float [n, length, patch_size ** 2 * channels]: patches row by row, each (row, column, channel); then padding
+    pixels  float [n, length, patch_size ** 2 * channels * patch_frames]: patches, each (row, column, channel), or with patch_frames
+            (channel, frame, row, column); then padding
     shapes  int [n, 2]: rows and columns of patches
     seen    int [n, length]: 1 = a patch, 0 = padding, which no patch attends to
+    places  int [n, length, 2]: row and column of each patch; None = they stand row by row
     """
 
     pixels: jax.Array
     shapes: jax.Array
     seen: jax.Array
+    places: jax.Array | None = None
 
 
 Pictures = jax.Array | Patches
@@ -55,7 +59,7 @@ def init(key: jax.Array, config: ViTConfig) -> Params:
         return {"kernel": fan_in_normal(key, (inputs, outputs)), "bias": jnp.zeros(outputs)}
 
     params: Params = {
-        "patch": linear(keys[0], config.patch_size**2 * config.channels, width),
+        "patch": linear(keys[0], config.patch_size**2 * config.channels * config.patch_frames, width),
         "layers": init_stack(
             lambda k: Block(config.block).init(k, x, Surroundings(Mask(causal=False)))["params"], keys[2], config.layers
         ),
@@ -135,6 +139,8 @@ def kept(config: ViTConfig, spec: FeatureSpec, state: jax.Array) -> jax.Array:
 
 def embed(params: Params, config: ViTConfig, pictures: Pictures, run: Execution) -> jax.Array:
     """The embedding output [n, tokens, width]. Pixels that fill no patch are dropped."""
+    if config.block.rope is not None and not (isinstance(pictures, Patches) and pictures.places is not None):
+        raise ValueError("this vision transformer is told where each patch stands: it takes pictures that are cut already")
     cut = pictures.pixels if isinstance(pictures, Patches) else _cut(config, pictures)
     x = apply(Linear(config.block.width, config.patch_bias), params["patch"], cut.astype(run.dtype))
 
@@ -197,13 +203,22 @@ def _run_blocks(
     adapters: tuple[LoraConfig, ...],
 ) -> tuple[jax.Array, jax.Array | None]:
     """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked."""
-    block, around = Block(config.block, adapters, backend=run.attention), Surroundings(_mask(pictures, x.shape[1]))
+    block = Block(config.block, adapters, backend=run.attention)
+    around = Surroundings(_mask(pictures, x.shape[1]), _rotation(config, pictures))
 
     def body(x, layer, j, index, extra):
         x = apply(block, layer, x, around)
         return x, x if keep else None
 
     return run_stack(body, x, params["layers"], layers=layers, run=run)
+
+
+def _rotation(config: ViTConfig, pictures: Pictures) -> tuple[jax.Array, jax.Array] | None:
+    """Cosines and sines of the patches' rows and columns, where the blocks turn by them."""
+    if config.block.rope is None:
+        return None
+    assert isinstance(pictures, Patches)
+    return rotation(config.block.rope, config.block.head_dim, pictures.places)
 
 
 def _mask(pictures: Pictures, queries: int) -> Mask:

@@ -34,6 +34,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
         "embeddings, matching, losses and captions recorded from LAVIS's own code; states against transformers' Q-Former, files both ways",
         {"lavis_qformer"},
     ),
+    "test_qwen2_vl": ("logits, loss, greedy tokens, files both ways", {"qwen2_vl"}),
     "test_golden": (
         "logits and greedy tokens recorded from LLaVA's own code around a Llama",
         {"llava_llama", "llava", "llava_mistral", "llava_qwen"},
