@@ -68,6 +68,7 @@ def normalise(config: ModelConfig, images: jax.Array) -> jax.Array:
 def vision_features(params: Params, config: ModelConfig, images: jax.Array, run: Execution) -> jax.Array:
     """Pixels [..., height, width, channels], or vit.Patches [..., patches, pixels] -> what the connector reads [..., positions, width]."""
     if isinstance(images, vit.Patches):
+        assert isinstance(config.vision, ViTConfig)
         before = images.pixels.shape[:-2]
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(before) :]), images)
         out = vit.features(params["vision"], config.vision, config.features, flat, run, config.adapters)

@@ -217,7 +217,7 @@ def _rotation(config: ViTConfig, pictures: Pictures) -> tuple[jax.Array, jax.Arr
     """Cosines and sines of the patches' rows and columns, where the blocks turn by them."""
     if config.block.rope is None:
         return None
-    assert isinstance(pictures, Patches)
+    assert isinstance(pictures, Patches) and pictures.places is not None  # see embed
     return rotation(config.block.rope, config.block.head_dim, pictures.places)
 
 
