@@ -16,6 +16,7 @@ from mmjax import config as recipes
 from mmjax import published, tree, vocabulary
 from mmjax.config import Part, Recipe
 from mmjax.data import sources, templates
+from mmjax.data import tiling as tilings
 from mmjax.data.messages import PLACEHOLDER, BadSample
 from mmjax.errors import UserError
 from mmjax.families import composed, parts
@@ -76,11 +77,14 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     params = _completed(recipe, config, tree.merge(*loaded), places)
     processor = None
     if config.vision is not None:
+        tiling = tilings.of_recipe(section.image)
         processor = image_processor(
-            config, aspect=section.image.aspect if config.connector else "", size=section.image.size
+            config,
+            aspect="squash" if tiling else section.image.aspect if config.connector else "",
+            size=0 if config.connector else section.image.size,
         )
         own = read_image_processor(vision.directory, config) if isinstance(vision, Published) else None
-        processor = dataclasses.replace(processor, resample=own.resample) if own else processor
+        processor = dataclasses.replace(processor, tiling=tiling, resample=own.resample if own else processor.resample)
     model = Model(
         config=config,
         params=params,
@@ -171,6 +175,7 @@ def connector_config(
         text_vocab=section.text_vocab,
         text_positions=section.text_positions,
         contrast_width=section.contrast_width,
+        merge=section.merge,
     )
     side = math.isqrt(config.positions)
     if config.grid and (kind == "pooled_mlp" or side**2 != config.positions or config.grid > side):
@@ -243,7 +248,11 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         if part.path or part.config:
             found[name] = _part(part, name, vocab_size or section.tokenizer.vocab_size)
     features = FeatureSpec(
-        tuple(section.feature_layers), section.keep_class_token, section.post_norm, pooled=section.pooled
+        tuple(section.feature_layers),
+        section.keep_class_token,
+        section.post_norm,
+        pooled=section.pooled,
+        scales=tuple(section.scales),
     )
     if len(found) == 1:
         config, family, foreign = next(iter(found.values()))

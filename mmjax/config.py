@@ -104,6 +104,7 @@ class Connector:
     text_vocab: int = 0
     text_positions: int = 512
     contrast_width: int = 0
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
     path: str = ""
 
 
@@ -139,12 +140,22 @@ class Image:
     aspect   "pad" (square with the mean colour, LLaVA-1.5), "crop" (shortest edge, then centre crop), "squash" (ignore aspect)
     size     side in pixels, to which a vision transformer's positions are interpolated; 0 = the encoder's own
     mean, std   empty = the encoder family's own
+    tiling   how a picture is cut into tiles of that size, beside an overview, the whole picture squashed into one tile: "" (not at all),
+             "anyres" (LLaVA-NeXT: the one of `grids` that shows most of it), "dynamic" (InternVL: the one of `least_tiles` to
+             `most_tiles` tiles that is nearest in aspect). A stage may do without (Stage.tiled)
+    grids    of anyres, "ROWSxCOLUMNS" each; empty = LLaVA-NeXT's own
+    overview    whether there is one
     """
 
     aspect: Literal["pad", "crop", "squash"] = "pad"
     size: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    tiling: Literal["", "anyres", "dynamic"] = ""
+    grids: tuple[str, ...] = ()
+    least_tiles: int = 1
+    most_tiles: int = 12
+    overview: bool = True
 
 
 @dataclasses.dataclass
@@ -183,6 +194,7 @@ class Model:
     pooled          the connector reads one vector, what the encoder itself makes of all its states, in place of them
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
+    scales          of a picture, as multiples of the encoder's size, that the encoder reads (S2); their features are joined on channels
     new_tokens      tokens that the tokenizer is to have (delimiters, states, speech units). Each gets rows of its own in the
                     vocabulary, which a stage trains as `llm/**/new_rows` (of a head with a bias also `llm/head/new_bias`); one
                     that the tokenizer has already keeps its id, and its row begins as it is. The vocabulary grows where it must
@@ -197,6 +209,7 @@ class Model:
     connector: Connector = dataclasses.field(default_factory=Connector)
     cross_attention: CrossAttention = dataclasses.field(default_factory=CrossAttention)
     feature_layers: tuple[int, ...] = (-2,)
+    scales: tuple[int, ...] = (1,)
     keep_class_token: bool = False
     post_norm: bool = False
     pooled: bool = False
@@ -283,6 +296,7 @@ class Stage:
     answer_length   of an encoder-decoder, whose encoder reads a row: tokens of its decoder's row; 0 = as many as `length`
     packing       several samples in a row, apart by segments; off = one sample a row
     tiles         image tiles a row may hold
+    tiled         whether pictures are cut into tiles as the model's `image` says; off = one tile each, by its `aspect`
     accumulate    micro-batches of one step
     dropout       of what each block of the LLM adds to its residual; adapters have their own
     router_loss   weight of the load-balancing loss of a mixture of experts (0.02 in Mixtral's own training)
@@ -299,6 +313,7 @@ class Stage:
     answer_length: int = 0
     packing: bool = True
     tiles: int = 1
+    tiled: bool = True
     accumulate: int = 1
     template: str = ""  # "" = the model's
     optimizer: Optimizer = dataclasses.field(default_factory=Optimizer)

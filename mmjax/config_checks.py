@@ -22,6 +22,7 @@ MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
 # Field name -> smallest and largest value. Fields that are not named here may be any value of their type.
 _RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("least_tiles", "most_tiles"), (1, math.inf)),
     **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank", "join"), (1, math.inf)),
     **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
@@ -129,6 +130,7 @@ def _model(model: Model) -> Iterator[str]:
     yield from _connector(model.connector)
     if model.path and model.cross_attention.every:
         yield f"model.cross_attention is given beside model.path={model.path!r}, which brings its own or has none; leave out one of the two."
+    yield from _tiling(model)
     yield from _template("model.template", model.template)
     if not model.feature_layers:
         yield "model.feature_layers is empty: which of the encoder's hidden states does the connector read? (-2: the last but one)"
@@ -142,6 +144,23 @@ def _model(model: Model) -> Iterator[str]:
             yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."
         if not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
+
+
+def _tiling(model: Model) -> Iterator[str]:
+    image, merge = model.image, model.connector.merge
+    for grid in image.grids:
+        if not re.fullmatch(r"[1-9]\d?x[1-9]\d?", grid):
+            yield f"model.image.grids: {grid!r} is no grid; write rows and columns, such as 2x3."
+    if image.grids and image.tiling != "anyres":
+        yield f"model.image.grids are those of tiling='anyres'; it is {image.tiling!r}."
+    if image.least_tiles > image.most_tiles:
+        yield f"model.image.least_tiles is {image.least_tiles}, more than most_tiles, {image.most_tiles}."
+    if merge == "spatial_unpad" and image.tiling != "anyres":
+        yield "model.connector.merge is 'spatial_unpad', which cuts off the black borders of tiling='anyres'; others have none."
+    elif merge == "spatial" and not image.tiling:
+        yield "model.connector.merge is 'spatial', but pictures are not cut into tiles (model.image.tiling)."
+    if model.scales[:1] != (1,) or list(model.scales) != sorted(set(model.scales)):
+        yield f"model.scales are {model.scales}; they are multiples of the encoder's size, from 1 up, such as (1, 2, 3)."
 
 
 def _connector(connector: Connector) -> Iterator[str]:

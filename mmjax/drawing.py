@@ -232,7 +232,8 @@ def _row(
     if batch.images is not None and (tiles >= 0).any():
         pixels = np.asarray(batch.images)
         group = row // (len(np.asarray(batch.tokens)) // len(pixels))
-        images = [pixels[group, tile] for tile in tiles if tile >= 0]
+        # Behind the tokens of all tiles there may be a newline's.
+        images = [pixels[group, tile] for tile in tiles if 0 <= tile < pixels.shape[1]]
     return _lines(spans), images
 
 

@@ -24,7 +24,7 @@ from mmjax.model import Model
 from mmjax.models import new_rows, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.preprocessing import PLACEHOLDER, write_image_processor, write_tokenizer
+from mmjax.preprocessing import PLACEHOLDER, is_writable, write_image_processor, write_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +58,8 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
         model = merged(model)
     if family is not composed.FAMILY and foreign.get("vision_config", {}).get("model_type") not in llava.ANY_SIZE:
         model = _with_own_positions(model)
-    if family is llava.FAMILY and foreign.get("image_token_index") is None:
+    named = any(foreign.get(name) is not None for name in ("image_token_index", "image_token_id"))
+    if family in [layout.FAMILY for layout in _HF] and not named:
         model, foreign = _with_placeholder(model, foreign)
     params, config = model.params, _without_heads(model.config, family)
     path.mkdir(parents=True, exist_ok=True)
@@ -189,7 +190,7 @@ def _hf(model: Model, text: Config, image: Config) -> Family | str:
         why = layout.expressible(model.config, text, image)
         if not why and model.image_processor is not None and not isinstance(tiling, kind):
             why = f"its pictures are cut otherwise than by {tiling}"
-        if not why and tiling is not None and not tiling.overview:
+        if not why and isinstance(tiling, (AnyRes, DynamicTiles)) and not tiling.overview:
             why = "its tiles come with an overview"
         if not why:
             return layout.FAMILY
@@ -285,10 +286,11 @@ def _write_rest(model: Model, family: Family, foreign: Config, path: Path) -> No
     home = homes.get("llm", path)
     if model.tokenizer is not None:
         write_tokenizer(model.tokenizer, model.template, home, model.image_start, model.image_end)
-    tiling = model.image_processor.tiling if model.image_processor else None
-    if model.image_processor is not None and (tiling is None or tiling != family.tiling(foreign, model.config)):
+    processor = model.image_processor
+    # What has no file in transformers' layout is not written where the family's code or config.json says it.
+    if processor is not None and (is_writable(processor) or processor.tiling != family.tiling(foreign, model.config)):
         strategy = str(foreign.get("vision_feature_select_strategy", ""))
-        write_image_processor(model.image_processor, model.config, homes.get("vision", path), strategy)
+        write_image_processor(processor, model.config, homes.get("vision", path), strategy)
     if model.config.llm is not None:
         text = family.sections(foreign)["llm"] or foreign
         ids = {

@@ -139,7 +139,7 @@ def training_flops(
             passes = 3 if (3, layer - 0.5) >= in_text else 1
             per_token["llm attention"] += _attention(crossed.block) * config.connector.tokens * passes
     if isinstance(config.vision, ViTConfig):
-        pairs = (config.vision.positions + config.vision.prefix) ** 2
+        pairs = (config.vision.positions + config.vision.prefix) ** 2 * _views(config)
         for layer in range(used["vision"]):
             passes = 3 if _site("vision/layers/", layer) >= first else 1
             per_tile["vision"] += _attention(config.vision.block) * pairs * passes
@@ -241,15 +241,21 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
         return 0
     if isinstance(config.vision, MobileNetV2Config):
         head = float(objective == "classify")
-        return head if path.startswith("vision/head") else _pixels(config.vision)[path.removesuffix("/kernel")]
-    vision = config.vision
+        found = head if path.startswith("vision/head") else _pixels(config.vision)[path.removesuffix("/kernel")]
+        return found * _views(config)
+    vision, views = config.vision, _views(config)
     if path.startswith("vision/patch"):
-        return vision.positions
+        return vision.positions * views
     if path.startswith("vision/layers"):
-        return vision.positions + vision.prefix
+        return (vision.positions + vision.prefix) * views
     if objective == "language" or path.startswith(("vision/projection", "vision/pooler")):
         return 0
     return vision.positions if "/attention/key" in path or "/attention/value" in path else 1
+
+
+def _views(config: ModelConfig) -> int:
+    """How often the encoder is run for a tile: once for each part of it at each scale."""
+    return sum(scale**2 for scale in config.features.scales)
 
 
 def _connector_rows(path: str, config: ConnectorConfig) -> int:

@@ -25,9 +25,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 
 def image_processor(config: ModelConfig, *, aspect: str = "", size: int = 0) -> ImageProcessor:
     """The processor of an encoder: its own size, aspect, mean and deviation."""
-    tower = config.vision
-    assert tower is not None
-    return ImageProcessor(size or tower.image_size, aspect or config.image_aspect, config.image_mean, config.image_std)
+    return ImageProcessor(size or config.picture_size, aspect or config.image_aspect, config.image_mean, config.image_std)
 
 
 def read_image_processor(directory: Path, config: ModelConfig) -> ImageProcessor | None:
@@ -146,11 +144,19 @@ def write_image_processor(processor: ImageProcessor, config: ModelConfig, direct
     (directory / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
+def is_writable(processor: ImageProcessor) -> bool:
+    """Whether `write_image_processor` can write it."""
+    square = processor.height == processor.width
+    return processor.tiling is None or isinstance(processor.tiling, DynamicTiles) or isinstance(processor.tiling, AnyRes) and square
+
+
 def _written_tiling(processor: ImageProcessor, tiling: Tiling) -> dict[str, Any]:
     """The fields in which a processor that cuts differs from others'. Raises UserError where none says it."""
     height, width = processor.shape[:2]
     ours = {name: False for name in ("overview", "rounded") if not getattr(tiling, name, True)}
-    if isinstance(tiling, AnyRes) and height == width:
+    if not is_writable(processor):
+        raise UserError(f"an image processor with {tiling} and tiles of {height} x {width} pixels cannot be written")
+    if isinstance(tiling, AnyRes):
         return {
             "image_processor_type": "LlavaNextImageProcessor",
             "size": {"shortest_edge": height},
@@ -159,10 +165,9 @@ def _written_tiling(processor: ImageProcessor, tiling: Tiling) -> dict[str, Any]
             "image_grid_pinpoints": [[rows * height, columns * width] for rows, columns in tiling.grids],
             **ours,
         }
-    if isinstance(tiling, DynamicTiles):
-        most = {"min_patches": tiling.least, "max_patches": tiling.most}
-        return {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True, **most, **ours}
-    raise UserError(f"an image processor with {tiling} and tiles of {height} x {width} pixels cannot be written")
+    assert isinstance(tiling, DynamicTiles)
+    most = {"min_patches": tiling.least, "max_patches": tiling.most}
+    return {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True, **most, **ours}
 
 
 def has_tokenizer(directory: Path) -> bool:

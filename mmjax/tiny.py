@@ -35,8 +35,10 @@ def tiny(recipe: Recipe) -> Recipe:
         recipe,
         name=f"{recipe.name}_tiny",
         model=_model(recipe.model),
-        stages={name: _stage(stage) for name, stage in recipe.stages.items()},
-        evaluations={name: _evaluation(evaluation) for name, evaluation in recipe.evaluations.items()},
+        stages={name: _stage(stage, bool(recipe.model.image.tiling)) for name, stage in recipe.stages.items()},
+        evaluations={
+            name: _evaluation(evaluation, bool(recipe.model.image.tiling)) for name, evaluation in recipe.evaluations.items()
+        },
         checkpoint=dataclasses.replace(recipe.checkpoint, every=2),
         logging=dataclasses.replace(recipe.logging, every=1),
         generate=dataclasses.replace(recipe.generate, max_new_tokens=8),
@@ -90,35 +92,38 @@ def _size(field: str, value: Any, config: dict[str, Any]) -> Any:
     return SIZES.get(field, value)
 
 
-def _stage(stage: Stage) -> Stage:
+def _stage(stage: Stage, tiles: bool) -> Stage:
+    """`tiles`: the recipe cuts pictures into tiles."""
     return dataclasses.replace(
         stage,
-        sources={name: _source(source, "train") for name, source in stage.sources.items()},
+        sources={name: _source(source, "train", tiles) for name, source in stage.sources.items()},
         validation=dataclasses.replace(
             stage.validation,
-            sources={name: _source(source, "held_out") for name, source in stage.validation.sources.items()},
+            sources={name: _source(source, "held_out", tiles) for name, source in stage.validation.sources.items()},
             every=min(stage.validation.every, 2),
             batches=min(stage.validation.batches, 2),
         ),
         steps=4,
         epochs=0.0,
         rows=8,
-        length=160,
+        length=256 if tiles else 160,
         answer_length=min(stage.answer_length, 64),
-        tiles=min(stage.tiles, 2),
+        tiles=min(stage.tiles, 6 if tiles else 2),
         accumulate=min(stage.accumulate, 2),
     )
 
 
-def _evaluation(evaluation: Evaluation) -> Evaluation:
-    source = _source(evaluation.source, "held_out")
+def _evaluation(evaluation: Evaluation, tiles: bool) -> Evaluation:
+    source = _source(evaluation.source, "held_out", tiles)
     return dataclasses.replace(evaluation, source=source, max_new_tokens=8, batch=8, limit=16, samples=4)
 
 
-def _source(source: Source, split: str) -> Source:
-    """Drawn data in place of a file's; what is drawn already stays what it is, with fewer samples."""
+def _source(source: Source, split: str, tiles: bool) -> Source:
+    """Drawn data in place of a file's; what is drawn already stays what it is, with fewer samples. For tiles, of several shapes."""
     if source.kind in ("digits", "digit_facts"):
         return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
     task = "caption" if source.kind == "captions" else "questions"
     prompts = {option: source.options[option] for option in ("prompts", "system") if option in source.options}
-    return Source(kind="digits", weight=source.weight, options={"split": split, "task": task, "size": SAMPLES, **prompts})
+    shapes = {"canvas": "any"} if tiles else {}
+    options = {"split": split, "task": task, "size": SAMPLES, **shapes, **prompts}
+    return Source(kind="digits", weight=source.weight, options=options)

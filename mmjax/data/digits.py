@@ -29,6 +29,7 @@ SCRIBBLE = 10  # scribbles are digits less this
 PLACES = 24  # of every picture of handwriting within a quarter
 SPLITS = {"train": 1500, "held_out": 297}  # pictures of handwriting
 TASKS = ("questions", "caption", "single", "facts")
+CANVASES = ("square", "any")
 
 
 class DigitScenes:
@@ -44,6 +45,7 @@ class DigitScenes:
     kinds   which questions are asked (all of KINDS)
     pictures   of a sample. With several, a question is about one of them ("In picture 2: how many digits are there?"), and a
                caption is a document: each picture before its own description
+    canvas  "square", or "any": of three scenes one stands in a half of a canvas twice as wide and one of one twice as high
     """
 
     classes = tuple("0123456789")  # of the task "single"
@@ -56,8 +58,9 @@ class DigitScenes:
         seed: int = 0,
         kinds: tuple[str, ...] = KINDS,
         pictures: int = 1,
+        canvas: str = "square",
     ):
-        for value, known, what in ((split, SPLITS, "split"), (task, TASKS, "task")):
+        for value, known, what in ((split, SPLITS, "split"), (task, TASKS, "task"), (canvas, CANVASES, "canvas")):
             if value not in known:
                 raise UserError(f"digits: unknown {what} {value!r}; there are {', '.join(known)}")
         if unknown := [kind for kind in kinds if kind not in KINDS]:
@@ -66,7 +69,7 @@ class DigitScenes:
             raise UserError(f"digits: size must be at least 1, not {size}")
         if pictures < 1 or (pictures > 1 and task not in ("questions", "caption")):
             raise UserError(f"digits: {pictures} pictures are not for the task {task!r}; questions and caption have several")
-        self.pictures = pictures
+        self.pictures, self.canvas = pictures, canvas
         self.split, self.task, self.size, self.seed, self.kinds = split, task, size, seed, tuple(kinds)
 
     def __len__(self) -> int:
@@ -121,17 +124,23 @@ class DigitScenes:
         return {"type": "image", "path": f"{self.split}-{scene:06d}.png"}
 
     def image(self, name: str) -> Image.Image:
-        """The picture of a sample, by the name its image part carries. RGB, 32x32."""
+        """The picture of a sample, by the name its image part carries. RGB, 32x32, or one side twice that."""
         split, _, index = name.removesuffix(".png").rpartition("-")
         if split != self.split or not index.isdigit() or int(index) >= self.size * self.pictures:
             raise BrokenImage(f"digits: no picture named {name!r} in the {self.split} split of {self.size * self.pictures} scenes")
         rng, scene = self._scene(int(index))
         rng.random(8)  # so that what a question draws and how the picture is drawn are apart
-        return draw(scene, self.split, rng)
+        square, (height, width) = draw(scene, self.split, rng), self.picture_size(name)
+        if (height, width) == (CANVAS, CANVAS):
+            return square
+        whole, second = Image.new("RGB", (width, height)), int(index) // 3 % 2
+        whole.paste(square, ((width - CANVAS) * second, (height - CANVAS) * second))
+        return whole
 
     def picture_size(self, name: str) -> tuple[int, int]:
-        """(height, width) of every picture."""
-        return CANVAS, CANVAS
+        """(height, width) of a picture, by its name."""
+        shape = int(name.removesuffix(".png").rpartition("-")[2]) % 3 if self.canvas == "any" else 0
+        return CANVAS * (1 + (shape == 2)), CANVAS * (1 + (shape == 1))
 
     def _scene(self, index: int) -> tuple[np.random.Generator, dict[int, int]]:
         """A fresh generator for scene `index` and the digit in each occupied quarter, in reading order; below 0 = a scribble."""

@@ -73,7 +73,7 @@ def cached(
     folder.mkdir(parents=True, exist_ok=True)
     encoder = encoder_digest(config, params, processor, flip, run)
     encode = functools.partial(_encode, params, mesh=mesh, config=config, run=run)
-    shape = config.connector.pooled, config.features.tile_width(config.vision)
+    shape = config.connector.pooled, config.features.tile_width(config.encoder)
     tables = {}
     for name, dataset in datasets.items():
         stem = folder / hashlib.blake2b((encoder + sources.stamp(described[name])).encode(), digest_size=16).hexdigest()

@@ -83,8 +83,8 @@ def order(
         )
     overview = {"first": indices[:1], "last": indices[-1:], "": indices[:0]}[layout.overview].reshape(-1)
     cells = {"first": indices[1:], "last": indices[:-1], "": indices}[layout.overview]
-    grid = cells.reshape(layout.rows, layout.columns, side, side).transpose(0, 2, 1, 3)
-    grid = grid.reshape(layout.rows * side, layout.columns * side)
+    maps = cells.reshape(layout.rows, layout.columns, side, side).transpose(0, 2, 1, 3)
+    grid = maps.reshape(layout.rows * side, layout.columns * side)
     if merge == "spatial_unpad":
         rows, columns = unpadded(layout, *size, side, rounded)
         top, left = (grid.shape[0] - rows) // 2, (grid.shape[1] - columns) // 2

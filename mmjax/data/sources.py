@@ -235,7 +235,7 @@ def _captions(source: config.Source) -> Dataset:
 def _digits(source: config.Source, **fixed: Any) -> Dataset:
     from mmjax.data.digits import DigitScenes  # reads scikit-learn's data, which other recipes do not need
 
-    _known_options(source, ("split", "task", "size", "seed", "kinds", "pictures"))
+    _known_options(source, ("split", "task", "size", "seed", "kinds", "pictures", "canvas"))
     return DigitScenes(**{**source.options, **fixed})
 
 

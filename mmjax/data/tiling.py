@@ -10,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from mmjax.config import Image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,6 +171,17 @@ class OverlappingTiles:
 
 
 Tiling = AnyRes | DynamicTiles | SmartResize | OverlappingTiles
+
+
+def of_recipe(image: Image) -> Tiling | None:
+    """How a recipe's `model.image` says that pictures are cut; None = not at all."""
+    if image.tiling == "anyres":
+        sides = [grid.split("x") for grid in image.grids]
+        grids = tuple((int(rows), int(columns)) for rows, columns in sides)
+        return AnyRes(grids or AnyRes().grids, image.overview)
+    if image.tiling == "dynamic":
+        return DynamicTiles(image.least_tiles, image.most_tiles, image.overview)
+    return None
 
 
 def cut(pixels: np.ndarray, layout: Layout, tile: tuple[int, int]) -> np.ndarray:

@@ -33,7 +33,8 @@ def _read(config: Config, where: str) -> ModelConfig:
     del connector["model_type"], features["model_type"]
     try:
         stitching = Stitching(**features["stitching"]) if features.get("stitching") else None
-        spec = FeatureSpec(**{**features, "layers": tuple(features["layers"]), "stitching": stitching})
+        tuples = {name: tuple(features[name]) for name in ("layers", "scales") if name in features}
+        spec = FeatureSpec(**{**features, **tuples, "stitching": stitching})
         shape = ConnectorConfig(**connector)
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{where}: the connector or its features are not described as they must be: {error}") from error

@@ -75,13 +75,15 @@ def expressible(config: ModelConfig, text: Config, image: Config) -> str:
     c, vision, features = config.connector, config.vision, config.features
     if config.llm is None or not isinstance(vision, ViTConfig) or c is None:
         return "it needs a language model, a vision transformer and a connector"
+    if config.mask != "causal" or config.cross_attention is not None:
+        return "its language model reads media as tokens of the text, under a causal mask"
     if image["model_type"] not in internvl_vision.FAMILY.model_types:
         return f"transformers has no internvl around a {image['model_type']}"
     plain = c.depth == 2 and c.input_norm and c.bias and c.hidden_width in (0, c.out_width) and c.token_order == "rows"
     if c.kind != "space_to_depth" or not plain or c.squeeze_width or c.grid or c.merge != "flat":
         return "its connector puts patches together row by row, in front of a norm and a two-layer MLP as wide as the language model"
     read = len(features.layers) == 1 and features.post_norm == (features.layers[0] == -1 and vision.post_norm == "states")
-    if not read or features.keep_class_token or features.joined:
+    if not read or features.keep_class_token or features.joined or features.scales != (1,):
         return "its connector reads one of the encoder's states, the last one behind the encoder's norm, without the class token"
     return llava.unsuited(config.llm, text)
 

@@ -107,8 +107,8 @@ def expressible(config: ModelConfig, text: Config, image: Config, merge: Merge =
         return "its connector reads the encoder's registers as well"
     if c.merge != merge:
         return f"it puts the tokens of a picture's tiles together as {merge!r}, not {c.merge!r}"
-    if config.features.joined:
-        return "its connector reads every position of one tile"
+    if config.features.joined or config.features.scales != (1,):
+        return "its connector reads every position of one tile, at one scale"
     if config.features.post_norm:
         return "its connector reads the encoder's states before the last norm"
     return unsuited(config.llm, text)

@@ -45,7 +45,6 @@ def text_config(config: Config) -> Config:
 def _read(config: Config, where: str) -> ModelConfig:
     fields = Fields(config, where)
     fields.only("mm_patch_merge_type", "flat", "spatial", "spatial_unpad")
-    fields.only("s2", False)
     fields.only("mm_resampler_type")
     if str(fields.get("image_aspect_ratio", "")).startswith("anyres_max"):
         raise UserError(
@@ -61,19 +60,21 @@ def _read(config: Config, where: str) -> ModelConfig:
     if select not in ("patch", "cls_patch"):
         raise UserError(f"{where}: mm_vision_select_feature = {select!r} is not supported (only patch, cls_patch)")
     keeps = select == "cls_patch"
-    if fields.get("mm_hidden_size", tower.vision.feature_width) != tower.vision.feature_width:
-        raise UserError(
-            f"{where}: mm_hidden_size is {config['mm_hidden_size']}, the vision tower's is {tower.vision.feature_width}"
-        )
     kind, depth = projector(fields.get("mm_projector_type", "linear"), where)
-    spec = FeatureSpec((fields.get("mm_vision_select_layer", -2),), keeps, keep_registers=True)
+    spec = FeatureSpec(
+        (fields.get("mm_vision_select_layer", -2),), keeps, keep_registers=True, scales=_scales(fields, tower.vision)
+    )
+    if fields.get("mm_hidden_size", spec.width(tower.vision)) != spec.width(tower.vision):
+        raise UserError(
+            f"{where}: mm_hidden_size is {config['mm_hidden_size']}, the vision tower's is {spec.width(tower.vision)}"
+        )
     return ModelConfig(
         llm=llm,
         vision=tower.vision,
         connector=ConnectorConfig(
             kind=kind,  # type: ignore[arg-type]
             depth=depth,
-            in_width=tower.vision.feature_width,
+            in_width=spec.width(tower.vision),
             out_width=llm.input_width,
             positions=spec.positions(tower.vision),
             merge=fields.get("mm_patch_merge_type", "flat"),
@@ -83,6 +84,22 @@ def _read(config: Config, where: str) -> ModelConfig:
         image_std=tower.image_std,
         image_aspect=tower.image_aspect,
     )
+
+
+def _scales(fields: Fields, tower: ViTConfig) -> tuple[int, ...]:
+    """The scales of `s2_scales`, which are sides in pixels. Raises UserError for those that are not multiples of the tower's size."""
+    if not fields.get("s2", False):
+        return (1,)
+    sides = [int(side) for side in str(fields.get("s2_scales", "336,672,1008")).split(",")]
+    if any(side % tower.image_size for side in sides) or min(sides) != tower.image_size:
+        raise UserError(f"{fields.where}: s2_scales = {sides} are not multiples, from 1 on, of the tower's {tower.image_size} pixels")
+    return tuple(side // tower.image_size for side in sorted(sides))
+
+
+def _written_scales(features: FeatureSpec, tower: ViTConfig) -> Config:
+    if features.scales == (1,):
+        return {}
+    return {"s2": True, "s2_scales": ",".join(str(scale * tower.image_size) for scale in features.scales)}
 
 
 def projector(name: str, where: str) -> tuple[str, int]:
@@ -163,7 +180,8 @@ def _write(config: ModelConfig, base: Config) -> Config:
         **family.write_config(config, text),
         "architectures": base.get("architectures") or [ARCHITECTURES[base["model_type"]]],
         "model_type": base["model_type"],
-        "mm_hidden_size": config.vision.feature_width,
+        "mm_hidden_size": c.in_width,
+        **_written_scales(config.features, config.vision),
         "mm_patch_merge_type": c.merge,
         "mm_projector_type": f"mlp{c.depth}x_gelu" if c.kind == "mlp" else c.kind,
         "mm_vision_select_feature": "cls_patch" if config.features.keep_class_token else "patch",

@@ -138,7 +138,8 @@ def _write(config: ModelConfig, base: Config) -> Config:
     text, image = _parts(base, "the model's config")
     names, features = names_of(base), config.features
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
-    if features.post_norm or features.joined or len(features.layers) != 1 or (config.vision.registers and not features.keep_registers):
+    other = features.post_norm or features.joined or features.scales != (1,) or len(features.layers) != 1
+    if other or (config.vision.registers and not features.keep_registers):
         raise UserError(
             "the model does not fit VILA's layout: its connector reads one of the encoder's states before the last norm"
         )

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from mmjax import flops, tree
 from mmjax.assembly import model_config
 from mmjax.config import Recipe, Stage
+from mmjax.data.picture_tokens import PictureTokens
+from mmjax.data.tiling import of_recipe
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
 from mmjax.results import record
@@ -31,7 +33,9 @@ def run(recipe: Recipe, workdir: Path) -> None:
     print(_table(["part", "parameters", f"bytes in {recipe.model.dtype}"], _part_rows(params, recipe.model.dtype)))
     rows = []
     for name in recipe.run:
-        figured = stage_figures(config, params, recipe.stages[name], recipe.model.dtype, f"stages.{name}")
+        stage = recipe.stages[name]
+        picture = _picture(recipe, config) if stage.tiled else None
+        figured = stage_figures(config, params, stage, recipe.model.dtype, f"stages.{name}", picture)
         figures |= {f"{key}_{name}": value for key, value in figured.items()}
         rows.append([name, *(_shown(key, value) for key, value in figured.items())])
     print(_table(["stage", *(key.replace("_", " ") for key in _COLUMNS)], rows))
@@ -50,8 +54,21 @@ _COLUMNS = (
 )
 
 
-def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str, key: str) -> dict[str, float]:
-    """The figures of `_COLUMNS` for one stage. `dtype`: of frozen weights; `key` names the stage in errors.
+def _picture(recipe: Recipe, config: ModelConfig) -> tuple[int, int] | None:
+    """Tiles and tokens of a large square picture; None where pictures are one tile."""
+    tiling = of_recipe(recipe.model.image)
+    if tiling is None or config.connector is None:
+        return None
+    side = config.picture_size
+    pictures = PictureTokens(config.connector.tokens, (side, side), tiling, config.connector.merge)
+    return pictures.tiles((4 * side, 4 * side)), len(pictures.order((4 * side, 4 * side)))
+
+
+def stage_figures(
+    config: ModelConfig, params: Params, stage: Stage, dtype: str, key: str, picture: tuple[int, int] | None = None
+) -> dict[str, float]:
+    """The figures of `_COLUMNS` for one stage. `dtype`: of frozen weights; `key` names the stage in errors; `picture`: tiles and
+    tokens of a picture, one tile where not given.
 
     Every position that is not the picture's is taken to be supervised, and every row to be full. An encoder-decoder's encoder
     reads the row, and its decoder writes a row of answers (stage.answer_length, or as much as is not the picture's).
@@ -62,16 +79,17 @@ def stage_figures(config: ModelConfig, params: Params, stage: Stage, dtype: str,
     optimizer = make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
     state = state_shapes(trainable, optimizer)
     trained = selection.count(params)
-    per_row = max(1, stage.tiles) if stage.packing else 1
+    tiles, tokens = picture or (1, config.tokens_per_tile)
+    per_row = max(1, stage.tiles // tiles) if stage.packing else 1
     length = stage.length / per_row
-    media = config.tokens_per_tile if stage.objective == "language" and stage.tiles else 0
+    media = tokens if stage.objective == "language" and stage.tiles else 0
     cost = flops.training_flops(config, selection, stage.objective)
     encoded = not stage.cache_features
     if stage.objective == "classify":
         length, per_row = 0.0, 1
         parts = cost.count([], 0, 1, encoded)
     else:
-        supervised, tiles = max(0.0, length - media), 1 if stage.tiles else 0
+        supervised, tiles = max(0.0, length - media), tiles if stage.tiles else 0
         sequence_to_sequence = config.llm is not None and config.llm.encoder is not None
         if sequence_to_sequence and stage.answer_length:
             supervised = stage.answer_length / per_row

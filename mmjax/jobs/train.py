@@ -166,7 +166,10 @@ def _pipelines(
 
 
 def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: Path) -> Pipeline:
-    encoder = None
+    encoder, processor = None, model.image_processor
+    if processor is not None and processor.tiling is not None and not stage.tiled:
+        processor = dataclasses.replace(processor, tiling=None, aspect=recipe.model.image.aspect)
+        model = dataclasses.replace(model, image_processor=processor)
     if stage.objective == "language":
         encoder = model.encoder(stage.length)
         if stage.template:
@@ -181,7 +184,7 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
             model.params,
             stage.sources,
             datasets,
-            model.image_processor,
+            processor,
             flip="flip" in stage.augment,
             mesh=mesh,
             run=model.run,
@@ -191,7 +194,7 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
         stage,
         datasets,
         encoder,
-        model.image_processor if stage.tiles else None,
+        processor if stage.tiles else None,
         seed=recipe.seed,
         loader=recipe.loader,
         groups=data_shards(mesh) * stage.accumulate,

@@ -166,7 +166,13 @@ class ModelConfig:
     def at_size(self, size: int) -> ModelConfig:
         """The same for pictures of another size."""
         resized = self.for_pictures(size, size)
-        return dataclasses.replace(resized, vision=resized.vision.at_size(size)) if resized.vision else resized
+        own = size // max(self.features.scales)
+        return dataclasses.replace(resized, vision=resized.vision.at_size(own)) if resized.vision else resized
+
+    @property
+    def picture_size(self) -> int:
+        """Side in pixels of the pictures, or their tiles, that the encoder reads at all its scales."""
+        return self.encoder.image_size * max(self.features.scales)
 
     def for_patches(self, count: int) -> ModelConfig:
         """The same with a connector for pictures of so many patches, padding included."""
@@ -177,7 +183,8 @@ class ModelConfig:
         """The same with a connector for what the encoder makes of pictures of this height and width."""
         if self.connector is None or not isinstance(self.vision, ViTConfig) or self.features.pooled:
             return self
-        patches = (height // self.vision.patch_size) * (width // self.vision.patch_size)
+        largest = max(self.features.scales)
+        patches = (height // largest // self.vision.patch_size) * (width // largest // self.vision.patch_size)
         positions = self.features.positions(self.vision) - self.vision.positions + patches
         if positions == self.connector.positions:
             return self

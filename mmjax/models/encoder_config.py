@@ -31,7 +31,8 @@ class FeatureSpec:
     `layer` counts as transformers' hidden_states do: 0 is the embedding output, -1 the output of the last block,
     -2 the input of the last block. Several layers are concatenated on channels.
     `pooled`: what the encoder itself makes of all its states, one vector, in place of them. `stitching`: a picture is an overview
-    and a grid of tiles, whose maps are joined on channels.
+    and a grid of tiles, whose maps are joined on channels. `scales` of the picture, as multiples of the encoder's own size (see
+    mmjax.models.scales); concatenated on channels as well.
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -40,6 +41,7 @@ class FeatureSpec:
     keep_registers: bool = False
     pooled: bool = False
     stitching: Stitching | None = None
+    scales: tuple[int, ...] = (1,)
 
     def positions(self, encoder: EncoderConfig) -> int:
         """Number of positions that the connector reads."""
@@ -57,7 +59,7 @@ class FeatureSpec:
 
     def tile_width(self, encoder: EncoderConfig) -> int:
         """Channels of a tile's features."""
-        return encoder.feature_width * len(self.layers)
+        return encoder.feature_width * len(self.layers) * len(self.scales)
 
     def width(self, encoder: EncoderConfig) -> int:
         """Channels that the connector reads."""

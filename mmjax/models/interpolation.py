@@ -19,6 +19,15 @@ def resized(table: jax.Array, rows: int, columns: int, kind: Interpolation) -> j
     return out.reshape(rows * columns, -1)
 
 
+def resized_pictures(pictures: jax.Array, side: int) -> jax.Array:
+    """[n, height, width, channels] -> [n, side, side, channels], bicubic and without anything against aliasing."""
+    if pictures.shape[1:3] == (side, side):
+        return pictures
+    down, across = (_weights("bicubic", size, side, jnp.arange(side)) for size in pictures.shape[1:3])
+    out = jnp.einsum("ri,cj,nijw->nrcw", down, across, pictures.astype(jnp.float32), precision="highest")
+    return out.astype(pictures.dtype)
+
+
 def resized_to_each(table: jax.Array, shapes: jax.Array, length: int, kind: Interpolation) -> jax.Array:
     """[side, side, width], and the rows and columns int [n, 2] of n maps -> [n, length, width]: each map row by row.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from mmjax.models import (
     gated_cross_attention,
     mobilenet_v2,
     qformer,
+    scales,
     text_tower,
     vit,
 )
@@ -75,7 +77,12 @@ def vision_features(params: Params, config: ModelConfig, images: jax.Array, run:
         return out.reshape(*before, *out.shape[1:])
     pixels = normalise(config, images)
     flat = pixels.reshape(-1, *pixels.shape[-3:])
-    out = _encoder(config).features(params["vision"], config.vision, config.features, flat, run, config.adapters)
+    spec = dataclasses.replace(config.features, scales=(1,))
+
+    def encode(tiles: jax.Array) -> jax.Array:
+        return _encoder(config).features(params["vision"], config.vision, spec, tiles, run, config.adapters)
+
+    out = encode(flat) if config.features == spec else scales.features(encode, flat, config.features.scales)
     return out.reshape(*pixels.shape[:-3], *out.shape[1:])
 
 

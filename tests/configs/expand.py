@@ -18,6 +18,7 @@ ARGUMENTS = {
     "anymal": ("", "13b", "70b", "flamingo"),
     "git": ("", "large"),
     "llava15": ("", "13b", "lora"),
+    "llava_next": ("", "13b", "mistral"),
     "llava_v1": ("", "7b"),
     "vila": ("", "13b", "3b", "8b", "40b", "frozen", "visual"),
     "doubutsu": ("", "concat", "pooled", "token"),

@@ -31,6 +31,7 @@ VERIFIED: dict[str, str] = {
     "paligemma": "transformers",
     "flickr8k": "transformers (encoder, LLM)",
     "llava15": LLAVA,
+    "llava_next": LLAVA,
     "llava_v1": LLAVA,
     "moondream": "moondream's code, recorded",
     "quickstart": "transformers (the export)",

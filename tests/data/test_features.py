@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
 
 import jax
 import numpy as np
@@ -17,6 +18,7 @@ from mmjax.data.encoding import Encoder
 from mmjax.data.images import BrokenImage, ImageProcessor
 from mmjax.data.messages import Sample
 from mmjax.data.pipeline import Pipeline
+from mmjax.data.tiling import DynamicTiles
 from mmjax.errors import UserError
 from mmjax.models import connectors, multimodal
 from mmjax.models.block_config import BlockConfig
@@ -163,3 +165,19 @@ def test_pictures_without_a_name_are_refused(tmp_path, source, params, monkeypat
     monkeypatch.setattr(sources.Captions, "__getitem__", lambda self, index: Sample("inline", turns))
     with pytest.raises(UserError, match="drawn"):
         make(tmp_path, source, params)
+
+
+def test_pictures_in_tiles_have_a_row_for_each(tmp_path, source, params, monkeypatch):
+    """Also where a picture's tiles are spread over batches, and mirrored before they are cut."""
+    cutting = dataclasses.replace(PROCESSOR, tiling=DynamicTiles(2, 4))
+    monkeypatch.setattr(sys.modules[__name__], "PROCESSOR", cutting)
+    found, dataset = make(tmp_path, source, params, devices=1, batch=4), sources.open(source)
+    for name in ("0.png", "1.png", "6.png"):
+        for flipped in (False, True):
+            tiles = cutting.tiles(dataset.image(name), flipped)
+            kept = found.lookup("all", name, flipped)
+            assert len(tiles) == cutting.count(*dataset.picture_size(name)) > 2 and kept.shape == (len(tiles), *found.shape)
+            direct = multimodal.vision_features(params, CONFIG, tiles, Execution())
+            np.testing.assert_allclose(kept, direct, atol=5e-3)
+    with pytest.raises(BrokenImage, match="2.png"):
+        found.lookup("all", "2.png")
