@@ -204,10 +204,11 @@ def _place(path: str, layer: int, config: ModelConfig) -> Site:
 def _first_in_text(trained: set[tuple[str, int]], config: ModelConfig) -> Site:
     """The first site that hands a gradient to the blocks of the LLM: where media are read between them, nothing in front of the
     first that reads does it for the media's sake."""
-    sites = [_place(path, layer, config) for path, layer in trained]
+    sites: list[Site] = [_place(path, layer, config) for path, layer in trained]
     if config.cross_attention is not None:
-        sites = [max(site, (3, config.cross_attention.layers[0] - 0.5)) if site < (2, 0.0) else site for site in sites]
-    return min(sites, default=(math.inf, 0.0))
+        reads: Site = (3, config.cross_attention.layers[0] - 0.5)
+        sites = [max(site, reads) if site < (2, 0.0) else site for site in sites]
+    return min(sites, default=(5, 0.0))  # behind everything
 
 
 def _trained(shapes: dict[str, tuple[int, ...]], selection: Selection) -> set[tuple[str, int]]:

@@ -62,7 +62,7 @@ def _model(model: Model) -> Model:
     crossed = model.cross_attention
     if crossed.every:
         every = min(crossed.every, SIZES["num_hidden_layers"])
-        small = {"every": every, "first": min(crossed.first, every - 1), "heads": 2, "head_dim": 16}
+        small: dict[str, Any] = {"every": every, "first": min(crossed.first, every - 1), "heads": 2, "head_dim": 16}
         crossed = dataclasses.replace(crossed, **small)
     adapters = {
         name: dataclasses.replace(adapter, rank=min(adapter.rank, 4), alpha=adapter.alpha * min(adapter.rank, 4) / adapter.rank)
@@ -123,7 +123,7 @@ def _source(source: Source, split: str, tiles: bool) -> Source:
     if source.kind in ("digits", "digit_facts"):
         return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
     task = "caption" if source.kind == "captions" else "questions"
-    prompts = {option: source.options[option] for option in ("prompts", "system") if option in source.options}
-    shapes = {"canvas": "any"} if tiles else {}
+    prompts: dict[str, Any] = {key: value for key, value in source.options.items() if key in ("prompts", "system")}
+    shapes: dict[str, Any] = {"canvas": "any"} if tiles else {}
     options = {"split": split, "task": task, "size": SAMPLES, **shapes, **prompts}
     return Source(kind="digits", weight=source.weight, options=options)

@@ -122,7 +122,8 @@ class Encoder:
         if self.start_token is not None and not generation_prompt:
             segments, answer = self._parted(sample.id, segments)
         ids, labels, media = [], [], []  # of each chunk
-        shown, tiles, spans = [], [], []  # of each image: the part, its tiles, its first position and the one behind it
+        tiles: list[int] = []
+        shown, spans = [], []  # of each image: the part; its first position and the one behind it
         grids: list[tuple[int, int]] = []
         opening = next((segment.text for segment in segments if segment.text), "")
         if self._adds_bos and not opening.startswith(self.tokenizer.bos_token):

@@ -7,7 +7,7 @@ The parts keep their published configs and tensor names, below `text_config` / `
 from __future__ import annotations
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -33,7 +33,7 @@ def _read(config: Config, where: str) -> ModelConfig:
     del connector["model_type"], features["model_type"]
     try:
         stitching = Stitching(**features["stitching"]) if features.get("stitching") else None
-        tuples = {name: tuple(features[name]) for name in ("layers", "scales") if name in features}
+        tuples: dict[str, Any] = {name: tuple(features[name]) for name in ("layers", "scales") if name in features}
         spec = FeatureSpec(**{**features, **tuples, "stitching": stitching})
         shape = ConnectorConfig(**connector)
     except (TypeError, KeyError, ValueError) as error:

@@ -140,8 +140,8 @@ def repeated(batch: Batch, times: int) -> Batch:
     """Every row so many times, one after another; rows stay in the group of their media."""
     if times == 1:
         return batch
-    in_rows = ("tokens", "segments", "positions", "spans", "media", "decoder_tokens", "decoder_segments")
-    in_rows = (*in_rows, *CROSSED, "row_media", "media_segments")
+    texts = ("tokens", "segments", "positions", "spans", "media", "decoder_tokens", "decoder_segments")
+    in_rows = (*texts, *CROSSED, "row_media", "media_segments")
     fields = {name: np.repeat(getattr(batch, name), times, 0) for name in in_rows if getattr(batch, name) is not None}
     return dataclasses.replace(batch, **fields)
 

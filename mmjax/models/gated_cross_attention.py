@@ -50,7 +50,8 @@ class Media(NamedTuple):
 
     def repeated(self, times: int) -> Media:
         """Every row so many times, one after another."""
-        tokens, mask = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 0), (self.tokens, dataclasses.replace(self.mask, offset=None)))
+        without: Any = dataclasses.replace(self.mask, offset=None)  # type: ignore[arg-type]
+        tokens, mask = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 0), (self.tokens, without))
         keys, values = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 1), (self.keys, self.values))
         return Media(tokens, dataclasses.replace(mask, offset=0), keys, values)
 

@@ -18,6 +18,7 @@ from mmjax.models import (
     encoder_decoder,
     gated_cross_attention,
     mobilenet_v2,
+    ports,
     qformer,
     scales,
     text_tower,
@@ -201,8 +202,8 @@ def read(
     x = embed(params, config, batch, run, media)
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
-        media = crossed_media(params, config, batch, run)
-        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=media)
+        crossed = crossed_media(params, config, batch, run)
+        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed)
     llm, leaves = config.language, params["llm"]
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
     encoded = encoder_decoder.encode(leaves, llm, x, segments=batch.segments, positions=batch.positions, **more, **settings)
@@ -223,7 +224,7 @@ def positions_within(segments: jax.Array) -> jax.Array:
 
 def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: Execution, **settings: Any) -> decoder.Decoded:
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode."""
-    llm, plugs = params["llm"], ()
+    llm, plugs = params["llm"], tuple[ports.Plug, ...]()
     if config.cross_attention is not None:
         plugs = (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
         leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)

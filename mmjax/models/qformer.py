@@ -209,7 +209,7 @@ def _run(
         first, rest = x[:, :queries], x[:, queries:]
         parts = []
         if queries:
-            if crossing is not None:
+            if crossing is not None and features is not None:
                 memory = (*memory_keys_values(crossing, block, features, adapters), Mask(causal=False))
                 crossed = CrossAttention(block, adapters, backend=run.attention)
                 change = apply(crossed, crossing["cross_attention"], first, memory)

@@ -97,8 +97,8 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Rows and media groups over the data axes, positions over `sequence`."""
     in_rows = NamedSharding(mesh, PartitionSpec(DATA_AXES, "sequence"))
     in_groups = NamedSharding(mesh, PartitionSpec(DATA_AXES))
-    media = ("images", "features", "tiles", "frames", "grids", "classes", "row_media", "media_segments")
-    media += ("connector_tokens", "connector_segments")
+    images = ("images", "features", "tiles", "frames", "grids", "classes")
+    media = (*images, "row_media", "media_segments", "connector_tokens", "connector_segments")
     shardings: dict[str, Any] = {
         field.name: in_groups if field.name in media else in_rows
         for field in dataclasses.fields(Batch)
