@@ -11,9 +11,9 @@ from mmjax.checkpoints import peft, weights
 from mmjax.data import templates
 from mmjax.data.templates import Template
 from mmjax.errors import UserError
-from mmjax.families import keys, llava_llama
+from mmjax.families import keys, llava_llama, minigpt4
 from mmjax.model import Model
-from mmjax.models import multimodal
+from mmjax.models import connectors, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.parallel.sharding import mesh_of
@@ -144,8 +144,8 @@ def with_adapter(model: Model, adapter: peft.Adapter) -> Model:
 def load_connector(
     path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32", check_finite: bool = True
 ) -> Params:
-    """A connector's leaves from a projector-only file (`mm_projector.bin` and the like), a directory with one, or a
-    whole model's directory.
+    """A connector's leaves from a projector-only file (`mm_projector.bin` and the like, or MiniGPT-4's with its one Linear), a
+    directory with one, or a whole model's directory.
 
     Raises UserError with what is missing or does not fit.
     """
@@ -167,6 +167,8 @@ def load_connector(
     stored = keys.renamed(weights.read(place), (_WRAPPED, *llava_llama.FAMILY.spellings))
     # mm_projector files of training runs with extra tokens also hold embeddings: those would be lost here.
     rules = llava_llama.projector_rules(config)
+    if len(connectors.widths(config)) == 1 and f"{minigpt4.PROJECTION}.weight" in stored:
+        rules = keys.linear(minigpt4.PROJECTION, "connector/layers_0", config.bias)
     return keys.load(stored, rules, shapes, dtype=dtype, where=place, check_finite=check_finite)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Callable
 
@@ -11,12 +12,17 @@ import numpy as np
 import mmjax
 from mmjax.batch import Batch
 from mmjax.checkpoints import weights
+from mmjax.data.encoding import IGNORED, Encoder, Example
+from mmjax.data.messages import Sample
+from mmjax.data.templates import Segment, Template
 from mmjax.errors import UserError
 from mmjax.families import anymal, flamingo, keys, moondream_2024, vila
+from mmjax.families import minigpt4 as minigpt4_family
 from mmjax.models import connectors, gated_cross_attention, image_text, multimodal, perceiver
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
+from mmjax.preprocessing import read_tokenizer
 
 Arrays = dict[str, Any]
 ACTIVATIONS = {"gelu": "gelu", "relu": "relu", "sqrelu": "squared_relu"}
@@ -188,6 +194,70 @@ def lavis_qformer(directory: Path, config: Arrays, inputs: Arrays, wanted: set[s
     return found
 
 
+@dataclasses.dataclass(frozen=True)
+class Written(Template):
+    """A template that writes texts as they were recorded, with <ImageHere> for a picture."""
+
+    def segments(self, messages, generation_prompt=False):
+        found = []
+        for message in messages:
+            for number, text in enumerate(message["content"][0]["text"].split("<ImageHere>")):
+                found += [Segment(image={"type": "image"})] * bool(number)
+                found += [Segment(text, message["role"] == "assistant")] * bool(text)
+        return found
+
+
+def minigpt4(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """The recorded texts go through the package's encoder; an answer has max_txt_len tokens at most."""
+    model = mmjax.load(directory)
+    tokenizer = read_tokenizer(directory.parent / config["tokenizer"])
+    template = Written("minigpt4", "supervised", (), apart=True)
+    encoder = Encoder(tokenizer, template, model.config.tokens_per_tile)
+
+    def sample(turns: list[str]) -> Sample:
+        roles = ("user", "assistant") * len(turns)
+        return Sample("", [{"role": role, "content": [{"type": "text", "text": t}]} for role, t in zip(roles, turns)])
+
+    def fields(examples: list[Example]) -> Arrays:
+        # The reference pads what is asked and what is answered each to its longest.
+        first = [int(np.argmax(e.labels != IGNORED)) or len(e.ids) for e in examples]
+        length = max(first) + max(len(e.ids) - at for e, at in zip(examples, first))
+        filled = {"input_ids": 0, "labels": IGNORED, "attention_mask": 0}
+        rows = {name: np.full((len(examples), length), fill) for name, fill in filled.items()}
+        for r, e in enumerate(examples):
+            here = r, slice(len(e.ids))
+            rows["input_ids"][here] = np.where(e.media >= 0, minigpt4_family.IMAGE, e.ids)
+            rows["labels"][here], rows["attention_mask"][here] = e.labels, 1
+        return rows
+
+    examples = []
+    for turns in _turns(config):
+        whole = encoder.encode(sample(turns))
+        limit = int(np.argmax(whole.labels != IGNORED)) + config["max_txt_len"]
+        examples.append(dataclasses.replace(encoder, max_length=limit).encode(sample(turns)))
+    found: Arrays = dict(model({**inputs, **fields(examples)}))
+    if "generated_ids" in wanted:
+        asked = encoder.encode(sample([config["generate_prompt"]]), generation_prompt=True)
+        prompt = {**fields([asked]), "image": inputs["image"][: len(asked.images)]}
+        del prompt["labels"]
+        found["generate_prompt_embeds"] = model(prompt)["inputs_embeds"]
+        found["generated_ids"] = model.generate(prompt, max_new_tokens=16, ignore_eos=True)
+    return found
+
+
+def _turns(config: Arrays) -> list[list[str]]:
+    """What the user and the model say in each row, in turn, as the reference writes it before it tokenises."""
+    samples, end, asks = config["samples"], config["end_sym"], config["prompt_template"].format
+    if "conv_q" in samples:
+        between = samples["connect_sym"][0]
+        talks = [(q.split(between), a.split(between)) for q, a in zip(samples["conv_q"], samples["conv_a"])]
+        begins = lambda turn: "<s>" if turn else ""  # noqa: E731
+        return [[t for i, (q, a) in enumerate(zip(*talk)) for t in (begins(i) + asks(q), a + end)] for talk in talks]
+    asked = samples.get("instruction_input") or ["<ImageHere>"] * len(samples["answer"])
+    asked = [asks(text) for text in asked] if config["chat_template"] else asked
+    return [[question, answer + end] for question, answer in zip(asked, samples["answer"])]
+
+
 def _connector(directory: Path, config: ConnectorConfig, rules: list[keys.Rule]) -> Arrays:
     shapes = multimodal.shapes(ModelConfig(connector=config))
     return keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["connector"]
@@ -199,6 +269,7 @@ PARTS = {
     "flamingo_gated_xattn": gated_cross_attention_block,
     "flamingo_perceiver": flamingo_perceiver,
     "lavis_qformer": lavis_qformer,
+    "minigpt4": minigpt4,
     "moondream1_projection": moondream1_projection,
     "moondream2_may2024_vision": moondream2_may2024_vision,
     "otter_gated_xattn": gated_cross_attention_block,

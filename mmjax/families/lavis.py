@@ -39,15 +39,15 @@ COPIES = {
 }
 
 
-def qformer_rules(config: ConnectorConfig) -> list[Rule]:
-    """All that a Q-Former of this shape has in LAVIS's files."""
+def qformer_rules(config: ConnectorConfig, projection: str = PROJECTION) -> list[Rule]:
+    """All that a Q-Former of this shape has in LAVIS's files; `projection` is the name of the Linear behind it."""
     table = [
         names.QUERIES,
         *names.embedding_rules("Qformer.bert.embeddings.", config),
         *names.layer_rules("Qformer.bert.encoder.layer.", config, "self"),
     ]
     if config.out_width:
-        table += linear(PROJECTION, "connector/project_out")
+        table += linear(projection, "connector/project_out")
     if not config.contrast_width:
         return table
     heads = "connector/heads/"

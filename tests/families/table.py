@@ -30,6 +30,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
     "test_llava": ("logits, loss, greedy tokens, files both ways", {"llava"}),
     "test_prefix_and_image_masks": ("logits, loss, greedy tokens, files both ways", {"paligemma", "gemma3", "git"}),
     "test_blip_2": ("logits, loss, queries, greedy tokens, files both ways", {"blip-2", "instructblip"}),
+    "test_minigpt4": ("logits, loss, greedy tokens, files both ways", {"minigpt4"}),
     "test_lavis": (
         "embeddings, matching, losses and captions recorded from LAVIS's own code; states against transformers' Q-Former, files both ways",
         {"lavis_qformer"},

@@ -38,7 +38,7 @@ NAMES = (
     (r"^vision_model\.encoder\.layers", "visual_encoder.blocks"),
     (r"layer_norm(\d)", r"norm\1"),
     (r"self_attn\.projection", "attn.proj"),
-    (r"self_attn", "attn"),
+    (r"^(visual_encoder\..*)self_attn", r"\1attn"),
     (r"^qformer\.layernorm", "Qformer.bert.embeddings.LayerNorm"),
     (r"^embeddings\.", "Qformer.bert.embeddings."),
     (r"^qformer\.encoder", "Qformer.bert.encoder"),
