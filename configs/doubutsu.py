@@ -77,7 +77,7 @@ def get_config(argument: str = ""):
             llm=QWEN2_1_5B_INSTRUCT,
             vision=SIGLIP_SO400M_384,
             connector=CONNECTORS[chosen.connector],
-            feature_layers=(-2,),
+            feature_layers=(-1,) if chosen.connector == "token" else (-2,),
             pooled=chosen.connector == "token",
             image=Image(aspect="squash", size=378),
             template="doubutsu",

@@ -27,7 +27,7 @@ from mmjax.models import adapters as lora
 from mmjax.models import multimodal, new_rows
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, LoraConfig, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, ViTConfig
+from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, Stitching, ViTConfig
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
@@ -263,6 +263,8 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     if features.pooled and (not isinstance(tower.vision, ViTConfig) or tower.vision.pooling == "none"):
         raise UserError("model.pooled: this encoder makes no one vector of its states")
     tower = tower.at_size(section.image.size) if section.image.size else tower
+    if section.stitching:
+        features = dataclasses.replace(features, stitching=_stitching(section, tower))
     assert language.llm is not None
     assert tower.vision is not None
     mean, std = section.image.mean or tower.image_mean, section.image.std or tower.image_std
@@ -283,6 +285,19 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     )
     foreign = {"model_type": "mmjax", "text_config": found["llm"][2], "vision_config": found["vision"][2]}
     return _with_adapters_and_mask(config, section), composed.FAMILY, foreign
+
+
+def _stitching(section: recipes.Model, tower: ModelConfig) -> Stitching:
+    """The overlap of tiles in positions. Raises UserError where it is no whole number of them, or leaves a tile no part of its own."""
+    if not isinstance(tower.vision, ViTConfig):
+        raise UserError("model.stitching needs a vision transformer")
+    patch, overlap = tower.vision.patch_size, section.image.overlap
+    if overlap % patch or 2 * overlap >= tower.vision.image_size:
+        raise UserError(
+            f"model.image.overlap = {overlap} must be a multiple of the patch size, {patch}, and less than half of a tile, "
+            f"{tower.vision.image_size}"
+        )
+    return Stitching(section.stitching, overlap // patch)  # type: ignore[arg-type]
 
 
 def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, Config]:

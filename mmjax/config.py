@@ -142,7 +142,8 @@ class Image:
     mean, std   empty = the encoder family's own
     tiling   how a picture is cut into tiles of that size, beside an overview, the whole picture squashed into one tile: "" (not at all),
              "anyres" (LLaVA-NeXT: the one of `grids` that shows most of it), "dynamic" (InternVL: the one of `least_tiles` to
-             `most_tiles` tiles that is nearest in aspect). A stage may do without (Stage.tiled)
+             `most_tiles` tiles that is nearest in aspect), "overlapping" (moondream 2: about the picture's own size, at most
+             `most_tiles` tiles, each of which reaches `overlap` pixels beyond its own part). A stage may do without (Stage.tiled)
     grids    of anyres, "ROWSxCOLUMNS" each; empty = LLaVA-NeXT's own
     overview    whether there is one
     """
@@ -151,10 +152,11 @@ class Image:
     size: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    tiling: Literal["", "anyres", "dynamic"] = ""
+    tiling: Literal["", "anyres", "dynamic", "overlapping"] = ""
     grids: tuple[str, ...] = ()
     least_tiles: int = 1
     most_tiles: int = 12
+    overlap: int = 0
     overview: bool = True
 
 
@@ -192,6 +194,8 @@ class Model:
                     Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it,
                     causal where the parts are joined here
     pooled          the connector reads one vector, what the encoder itself makes of all its states, in place of them
+    stitching       the tiles of a picture become one map, of the size of a tile's, whose features are joined to the overview's on
+                    channels (moondream 2): resized by "area" or "bilinear"; "" = they do not
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
     image_start/end text around each image's tokens, e.g. "<im_start>"; "" = none. It is ordinary text unless new_tokens has it
     scales          of a picture, as multiples of the encoder's size, that the encoder reads (S2); their features are joined on channels
@@ -213,6 +217,7 @@ class Model:
     keep_class_token: bool = False
     post_norm: bool = False
     pooled: bool = False
+    stitching: Literal["", "area", "bilinear"] = ""
     image: Image = dataclasses.field(default_factory=Image)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
     mask: Literal["", "causal", "prefix", "media", "opening"] = ""

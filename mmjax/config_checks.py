@@ -41,9 +41,11 @@ _RANGES: dict[str, tuple[float, float]] = {
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything about the recipe that cannot be meant, each line naming its key."""
+    untiled = [name for name, stage in recipe.stages.items() if recipe.model.stitching and not stage.tiled]
     return [
         *_out_of_range(recipe, ""),
         *_model(recipe.model),
+        *(f"stages.{name}.tiled is off, but model.stitching reads the tiles of a picture." for name in untiled),
         *_run(recipe),
         *(line for name, stage in recipe.stages.items() for line in _stage(f"stages.{name}", stage)),
         *(
@@ -153,6 +155,12 @@ def _tiling(model: Model) -> Iterator[str]:
             yield f"model.image.grids: {grid!r} is no grid; write rows and columns, such as 2x3."
     if image.grids and image.tiling != "anyres":
         yield f"model.image.grids are those of tiling='anyres'; it is {image.tiling!r}."
+    if image.overlap and image.tiling != "overlapping":
+        yield f"model.image.overlap is that of tiling='overlapping'; it is {image.tiling!r}."
+    if model.stitching and image.tiling != "overlapping":
+        yield "model.stitching puts together the tiles of model.image.tiling='overlapping'."
+    if image.tiling == "overlapping" and (not model.stitching or not image.overview):
+        yield "model.image.tiling='overlapping' needs model.stitching, and an overview: tiles that overlap are only read as one map."
     if image.least_tiles > image.most_tiles:
         yield f"model.image.least_tiles is {image.least_tiles}, more than most_tiles, {image.most_tiles}."
     if merge == "spatial_unpad" and image.tiling != "anyres":

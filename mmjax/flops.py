@@ -154,6 +154,8 @@ def training_flops(
         passes = 3 if _site("connector/layers/", 0) >= first else 1
         # latents read the positions and, there or in a sublayer of its own, each other
         per_tile["connector"] += _attention(perceiver.block_config(c)) * c.latents * (c.pooled + c.latents) * c.depth * passes
+    if config.features.stitching is not None:
+        per_tile["connector"] /= 2  # there is room for one picture for every two tiles
     return Flops(
         dict(per_tile), dict(per_token), dict(per_supervised), dict(per_pair), dict(per_source), per_source_pair, per_cross_pair
     )

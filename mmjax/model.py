@@ -181,8 +181,7 @@ class Model:
         connector, processor = self.config.connector, self.image_processor
         if connector is None or processor is None or processor.tiling is None:
             return None
-        merge = "stitched" if self.config.features.stitching else connector.merge
-        return PictureTokens(connector.tokens, processor.shape[:2], processor.tiling, merge)
+        return PictureTokens(connector.tokens, processor.shape[:2], processor.tiling, self.config.merge)
 
     def collate(self, rows: Sequence[Sequence[Example]], **settings: Any) -> Batch:
         """The batch of these rows under this model's mask; `settings` are those of mmjax.data.collation.collate.

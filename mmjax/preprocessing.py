@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmjax.data.images import ImageProcessor
 from mmjax.data.templates import Template
-from mmjax.data.tiling import AnyRes, DynamicTiles, SmartResize, Tiling
+from mmjax.data.tiling import AnyRes, DynamicTiles, OverlappingTiles, SmartResize, Tiling
 from mmjax.errors import UserError
 from mmjax.families.fields import Fields
 from mmjax.models.config import ModelConfig
@@ -96,6 +96,9 @@ def _tiled(kind: str, size: dict[str, int], fields: Fields) -> tuple[int | tuple
         sides = size.get("height", 384), size.get("width", 384)
         tiling = DynamicTiles(fields.get("min_patches", 1), fields.get("max_patches", 12), fields.get("overview", True))
         return sides[0] if sides[0] == sides[1] else sides, tiling
+    if kind == "OverlappingTiles":  # ours
+        sides = size["height"], size["width"]
+        return sides[0] if sides[0] == sides[1] else sides, OverlappingTiles(fields.need("max_patches"), fields.need("overlap"))
     if kind == "Qwen2VLImageProcessor":  # its edges are numbers of pixels
         least = fields.get("min_pixels", size.get("shortest_edge", 56 * 56))
         most = fields.get("max_pixels", size.get("longest_edge", 28 * 28 * 1280))
@@ -146,8 +149,8 @@ def write_image_processor(processor: ImageProcessor, config: ModelConfig, direct
 
 def is_writable(processor: ImageProcessor) -> bool:
     """Whether `write_image_processor` can write it."""
-    square = processor.height == processor.width
-    return processor.tiling is None or isinstance(processor.tiling, DynamicTiles) or isinstance(processor.tiling, AnyRes) and square
+    tiling, square = processor.tiling, processor.height == processor.width
+    return tiling is None or isinstance(tiling, (DynamicTiles, OverlappingTiles)) or isinstance(tiling, AnyRes) and square
 
 
 def _written_tiling(processor: ImageProcessor, tiling: Tiling) -> dict[str, Any]:
@@ -165,6 +168,8 @@ def _written_tiling(processor: ImageProcessor, tiling: Tiling) -> dict[str, Any]
             "image_grid_pinpoints": [[rows * height, columns * width] for rows, columns in tiling.grids],
             **ours,
         }
+    if isinstance(tiling, OverlappingTiles):
+        return {"image_processor_type": "OverlappingTiles", "max_patches": tiling.most, "overlap": tiling.overlap}
     assert isinstance(tiling, DynamicTiles)
     most = {"min_patches": tiling.least, "max_patches": tiling.most}
     return {"image_processor_type": "GotOcr2ImageProcessor", "crop_to_patches": True, **most, **ours}

@@ -75,7 +75,7 @@ def _model(model: Model) -> Model:
         vision=_part(model.vision),
         connector=connector,
         cross_attention=crossed,
-        image=dataclasses.replace(model.image, size=0),
+        image=dataclasses.replace(model.image, size=0, overlap=min(model.image.overlap, SIZES["patch_size"])),
         tokenizer=dataclasses.replace(model.tokenizer, path="", vocab_size=SIZES["vocab_size"]),
         adapters=adapters,
     )

@@ -181,6 +181,8 @@ def of_recipe(image: Image) -> Tiling | None:
         return AnyRes(grids or AnyRes().grids, image.overview)
     if image.tiling == "dynamic":
         return DynamicTiles(image.least_tiles, image.most_tiles, image.overview)
+    if image.tiling == "overlapping":
+        return OverlappingTiles(image.most_tiles, image.overlap)
     return None
 
 

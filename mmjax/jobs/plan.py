@@ -60,7 +60,7 @@ def _picture(recipe: Recipe, config: ModelConfig) -> tuple[int, int] | None:
     if tiling is None or config.connector is None:
         return None
     side = config.picture_size
-    pictures = PictureTokens(config.connector.tokens, (side, side), tiling, config.connector.merge)
+    pictures = PictureTokens(config.connector.tokens, (side, side), tiling, config.merge)
     return pictures.tiles((4 * side, 4 * side)), len(pictures.order((4 * side, 4 * side)))
 
 

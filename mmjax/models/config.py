@@ -18,6 +18,7 @@ from mmjax.models.encoder_config import (
     EncoderConfig,
     FeatureSpec,
     GatedCrossAttentionConfig,
+    Merge,
     TextTowerConfig,
     ViTConfig,
 )
@@ -162,6 +163,12 @@ class ModelConfig:
         if self.cross_attention is not None:
             return 1
         return self.connector.tokens if self.connector else 0
+
+    @property
+    def merge(self) -> Merge | Literal["stitched"]:
+        """How a picture's tiles become its tokens (see mmjax.data.picture_tokens)."""
+        assert self.connector is not None
+        return "stitched" if self.features.stitching else self.connector.merge
 
     def at_size(self, size: int) -> ModelConfig:
         """The same for pictures of another size."""

@@ -21,6 +21,7 @@ ARGUMENTS = {
     "llava_next": ("", "13b", "mistral"),
     "llava_v1": ("", "7b"),
     "vila": ("", "13b", "3b", "8b", "40b", "frozen", "visual"),
+    "moondream": ("", "v2"),
     "doubutsu": ("", "concat", "pooled", "token"),
     "continue_from_hf": ("", "full"),
 }

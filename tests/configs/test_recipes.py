@@ -14,7 +14,7 @@ VARIANTS = expand.variants()
 
 SIZES_STEPS_DATA = re.compile(
     r"name"
-    r"|model\.path|model\.(llm|vision)\.path|model\.image\.size"
+    r"|model\.path|model\.(llm|vision)\.path|model\.image\.(size|overlap)"
     r"|model\.connector\.(path|hidden_width|squeeze_width|pooled_tokens|depth|latents|heads|head_dim|grid)"
     r"|model\.tokenizer\.(path|vocab_size|min_frequency)"
     r"|model\.adapters\.\w+\.(rank|alpha)"
