@@ -3,6 +3,7 @@
     python -m mmjax.main --config=configs/doubutsu.py            # as released: every patch through a two-layer MLP (729 tokens)
     python -m mmjax.main --config=configs/doubutsu.py:concat     # 9 neighbouring patches put together (81 tokens)
     python -m mmjax.main --config=configs/doubutsu.py:pooled     # the mean patch through an MLP that makes 8 tokens
+    python -m mmjax.main --config=configs/doubutsu.py:tiles      # doubutsu-next: the picture and up to 4 tiles of it (at most 3,645 tokens)
     python -m mmjax.main --config=configs/doubutsu.py:token      # what SigLIP itself makes of a picture, one token
     python -m mmjax.main --config=configs/doubutsu.py:tiny       # the same path in a minute, on drawn data
 
@@ -42,13 +43,16 @@ CONNECTORS = {
     "patches": Connector(kind="mlp2x_gelu"),
     "concat": Connector(kind="concat", group=9),
     "pooled": Connector(kind="pooled_mlp", pooled_tokens=8),
+    "tiles": Connector(kind="mlp2x_gelu"),
     "token": Connector(kind="mlp2x_gelu"),
 }
+GRIDS = ("2x2", "1x2", "1x3", "1x4", "2x1", "3x1", "4x1")
 
 
 def get_config(argument: str = ""):
     chosen = parse_arguments(argument, {"connector": tuple(CONNECTORS), "tiny": False})
-    media = {"patches": 729, "concat": 81, "pooled": 8, "token": 1}[chosen.connector]
+    media = {"patches": 729, "concat": 81, "pooled": 8, "tiles": 5 * 729, "token": 1}[chosen.connector]
+    cut = Image(aspect="squash", size=378, tiling="anyres", grids=GRIDS)
     pretrain = Stage(
         trainable=("connector/**",),
         sources={"captions": CC3M_595K},
@@ -56,6 +60,7 @@ def get_config(argument: str = ""):
         rows=128,
         length=media + 71,  # the picture, and its caption
         packing=False,
+        tiles=5 if chosen.connector == "tiles" else 1,
         template="plain",
         optimizer=Optimizer(learning_rate=1e-3),
         dtype="bfloat16",
@@ -67,6 +72,7 @@ def get_config(argument: str = ""):
         rows=32,
         length=media + 295,  # the picture, and a DOCCI description
         packing=False,
+        tiles=5 if chosen.connector == "tiles" else 1,
         accumulate=16,
         optimizer=Optimizer(learning_rate=2e-4, warmup_ratio=0.1, moment_dtype="bfloat16"),
         dtype="bfloat16",
@@ -79,7 +85,7 @@ def get_config(argument: str = ""):
             connector=CONNECTORS[chosen.connector],
             feature_layers=(-1,) if chosen.connector == "token" else (-2,),
             pooled=chosen.connector == "token",
-            image=Image(aspect="squash", size=378),
+            image=cut if chosen.connector == "tiles" else Image(aspect="squash", size=378),
             template="doubutsu",
             adapters={"default": Lora(rank=128, alpha=256.0, targets=("llm/layers/**",))},
             dtype="bfloat16",

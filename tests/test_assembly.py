@@ -15,6 +15,7 @@ import mmjax
 from mmjax import assembly, tree
 from mmjax.assembly import assemble, model_config
 from mmjax.config import Connector, Lora, Model, Part, Recipe, Source, Stage, Tokenizer, write_recipe
+from mmjax.config import Image as RecipeImage
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
 from mmjax.models import multimodal
@@ -307,3 +308,30 @@ def test_a_pooled_feature_is_exported_in_our_own_layout(tmp_path):
     assert mmjax.load(tmp_path / "out").config.features == model.config.features
     with pytest.raises(UserError, match="every position of one tile"):
         model.save_pretrained(tmp_path / "hf", layout="hf")
+
+
+STITCHED = {
+    "stitching": "area",
+    "mask": "opening",
+    "image": RecipeImage(aspect="squash", size=56, tiling="overlapping", most_tiles=4, overlap=14),
+    "template": "moondream",
+    "feature_layers": (-1,),
+    "adapters": {},
+}
+
+
+def test_stitched_tiles_go_through_questions_exports_and_reading(tmp_path):
+    """Two pictures of several shapes in two conversations, answered together and alone, by the model and by what was written of it."""
+    model = randomised(assemble(recipe(tmp_path, **STITCHED), tmp_path))
+    assert (model.config.connector.tokens, model.config.connector.in_width) == (16, 48)
+    rng = np.random.default_rng(0)
+    pictures = [Image.fromarray(rng.integers(0, 255, (*size, 3)).astype(np.uint8)) for size in ((80, 120), (30, 40))]
+    talks = [[{"role": "user", "content": [{"type": "image", "image": p}, {"type": "text", "text": "What is it?"}]}] for p in pictures]
+    examples = [model.prompt(Sample("x", validated(talk))) for talk in talks]
+    assert [example.grids for example in examples] == [((1, 2),), ((1, 1),)] and examples[0].pixels.shape == (3, 56, 56, 3)
+    together = model.answers(talks, 6)
+    assert together == [model.chat(talk, 6) for talk in talks] and together[0] != together[1]
+    model.save_pretrained(tmp_path / "out")
+    again = mmjax.load(tmp_path / "out", template="moondream")
+    assert again.config.features == model.config.features and again.image_processor.tiling == model.image_processor.tiling
+    assert again.answers(talks, 6) == together

@@ -22,7 +22,7 @@ ARGUMENTS = {
     "llava_v1": ("", "7b"),
     "vila": ("", "13b", "3b", "8b", "40b", "frozen", "visual"),
     "moondream": ("", "v2"),
-    "doubutsu": ("", "concat", "pooled", "token"),
+    "doubutsu": ("", "concat", "pooled", "tiles", "token"),
     "continue_from_hf": ("", "full"),
 }
 

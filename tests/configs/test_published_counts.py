@@ -84,3 +84,5 @@ def test_doubutsus_and_moondreams_connectors():
     first = (1152 + 1) * 8192 + (8192 + 1) * 2048
     second = (2048 + 1) * 8192 + (8192 + 1) * 2048
     assert trained("moondream", "")["pretrain"] == first + 2 * 2048 + second == 59_793_408
+    # moondream 2: Linear(2304, 8192), GELU, Linear(8192, 2048) over overview and tiles (vikhyat/moondream 44146f1, config.py's defaults)
+    assert trained("moondream", "v2")["pretrain"] == (2304 + 1) * 8192 + (8192 + 1) * 2048 == 35_661_824
