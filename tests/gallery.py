@@ -5,8 +5,8 @@
     python -m tests.gallery llava15 git                       # some of them
 
 A recipe runs through all of its own stages. What is changed beside sizes: its language model is the base's and its encoder
-MobileNetV2, trained on ImageNet (parts that a recipe begins from nothing stay fresh), with features from the last layer, kept
-from epoch to epoch where the encoder is frozen; its data are Flickr8k's captions (documents of several pictures where it reads
+MobileNetV2, trained on ImageNet and frozen throughout (its features from the last layer are computed once), and a language model that a
+recipe begins from nothing is as large as the base's; its data are Flickr8k's captions (documents of several pictures where it reads
 interleaved documents, the captions alone where it reads text); its learning rates suit small models; its
 system message is empty. Then it describes 500
 held-out photographs, the same with the photographs shuffled among them, and without any.
@@ -35,7 +35,7 @@ from mmjax.training.trainable import select
 from tests.configs import expand
 
 NOT_SYSTEMS = ("continue_from_hf", "flickr8k", "gallery_base", "quickstart")
-SAMPLES = 10_000  # captions a recipe is trained on, over all stages
+SAMPLES = 8_000  # captions a recipe is trained on, over all stages
 ROWS, IN_ROW = 4, 6  # rows of a step, and captions that a row has room for
 JOINED = 3  # photographs with their captions in one document
 TEXT = 32  # tokens of a caption and what its template puts around it
@@ -86,10 +86,8 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
     name, _, argument = name.partition(":")
     full = from_config_dict(expand.config(name, argument))
     small = from_config_dict(expand.config(name, f"{argument},tiny"))
-    parts = {"llm": _part(full, small, "llm", chosen.llm), "vision": _part(full, small, "vision", chosen.vision)}
+    parts = {"llm": _llm(full, small, chosen.llm), "vision": Part(path=str(chosen.vision))}
     seen = {"feature_layers": (-1,), "post_norm": False, "keep_class_token": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
-    if parts["vision"].path == "":
-        seen = {}
     model = dataclasses.replace(small.model, **parts, **seen, system="", dtype="float32")
     recipe = dataclasses.replace(small, model=model, mesh=Mesh(cpu_devices=2))
     config = model_config(recipe)
@@ -155,47 +153,44 @@ def _row(name: str, workdir: Path, code: int, seconds: float) -> dict:
     return {"name": name, "stages": stages, **figures, "seconds": seconds, "beats": beats}
 
 
-def _part(full: Recipe, small: Recipe, which: str, path: Path) -> Part:
-    """The directory in place of what is published; a part that the recipe begins from nothing, or of a kind that the base is not, stays."""
-    published = full.model.path or getattr(full.model, which).path
-    own: Part = getattr(small.model, which)
-    encoder_decoder = which == "llm" and own.config.get("model_type") in ("t5", "mt5")
-    return Part(path=str(path)) if published and not encoder_decoder else own
+def _llm(full: Recipe, small: Recipe, path: Path) -> Part:
+    """The directory in place of what is published; where the recipe begins from nothing, or with an encoder-decoder, its own at the base's size."""
+    own = small.model.llm
+    if (full.model.path or full.model.llm.path) and own.config.get("model_type") not in ("t5", "mt5"):
+        return Part(path=str(path))
+    base = json.loads((path / "config.json").read_text())
+    sizes = {field: base[field] for field in ("hidden_size", "intermediate_size", "num_hidden_layers") if field in own.config}
+    return Part(config={**own.config, **sizes})
 
 
 def _stage(
     recipe: Recipe, name: str, full: Stage, data: Path, config: ModelConfig, params: multimodal.Params, samples: int
 ) -> Stage:
     small = recipe.stages[name]
-    there = [glob for glob in small.trainable if any(tree.matches(path, glob) for path in tree.flatten(params))]
-    frozen = not any(path.startswith("vision/") for path in select(params, there, name).leaves)
+    leaves = [path for path in tree.flatten(params) if not path.startswith("vision/")]
+    there = [glob for glob in small.trainable if any(tree.matches(path, glob) for path in leaves)]
     rows, in_row = (max(ROWS, small.accumulate * 2), IN_ROW) if small.packing else (max(ROWS, small.accumulate * 2) * IN_ROW, 1)
     return dataclasses.replace(
         small,
         trainable=tuple(there),
         sources={key: _source(source, data, small.template or recipe.model.template) for key, source in full.sources.items()},
         validation=dataclasses.replace(small.validation, sources={}, every=0),
-        steps=max(1, samples // (rows * in_row) // (1 if frozen else 4)),
+        steps=max(1, samples // (rows * in_row)),
         rows=rows,
         length=in_row * (config.tokens_per_tile + TEXT),
         tiles=in_row if small.tiles else 0,
-        cache_features=frozen and recipe.model.vision.path != "",
-        optimizer=_optimizer(small.optimizer, params),
+        cache_features=True,
+        optimizer=_optimizer(small.optimizer, list(select(params, there, name).leaves)),
         dtype="float32",
         remat="none",
     )
 
 
-def _optimizer(published: Optimizer, params: multimodal.Params) -> Optimizer:
+def _optimizer(published: Optimizer, trained: list[str]) -> Optimizer:
     """The published one with a rate for small models; the rates of parts stay in proportion."""
-    there = {
-        glob: factor
-        for glob, factor in published.multipliers.items()
-        if any(tree.matches(path, glob) for path in tree.flatten(params))
-    }
-    return dataclasses.replace(
-        published, learning_rate=RATE, schedule="cosine", warmup_steps=0, warmup_ratio=0.1, clip_norm=1.0, multipliers=there
-    )
+    there = {glob: rate for glob, rate in published.multipliers.items() if any(tree.matches(path, glob) for path in trained)}
+    chosen = {"learning_rate": RATE, "schedule": "cosine", "warmup_steps": 0, "warmup_ratio": 0.1, "clip_norm": 1.0}
+    return dataclasses.replace(published, multipliers=there, **chosen)
 
 
 def _source(source: Source, data: Path, template: str) -> Source:
