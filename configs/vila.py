@@ -2,6 +2,7 @@
 
     python -m mmjax.main --config=configs/vila.py            # VILA-7B: align, interleaved pretraining, instruction tuning with text
     python -m mmjax.main --config=configs/vila.py:8b         # VILA-1.5; also 3b and 40b (13b is VILA-13B)
+    python -m mmjax.main --config=configs/vila.py:3b,s2      # pictures at 384 and 768 pixels, joined on channels
     python -m mmjax.main --config=configs/vila.py:frozen     # ablation: the LLM stays as it is in pretraining
     python -m mmjax.main --config=configs/vila.py:visual     # ablation: no text-only data in instruction tuning
     python -m mmjax.main --config=configs/vila.py:tiny       # the same path in a minute, on drawn data
@@ -54,6 +55,7 @@ from mmjax.config import (
     parse_arguments,
     to_config_dict,
 )
+from mmjax.errors import UserError
 from mmjax.tiny import tiny
 
 LLM = {**LLAMA2, "3b": SHEARED_LLAMA_2_7B, "8b": LLAMA3_8B_INSTRUCT, "40b": HERMES_2_YI_34B}
@@ -81,10 +83,13 @@ def get_config(argument: str = ""):
         "size": ("7b", "13b", "3b", "8b", "40b"),
         "llm": ("updated", "frozen"),
         "sft": ("joint", "visual"),
+        "s2": False,
         "tiny": False,
     }
     chosen = parse_arguments(argument, known)
     first = chosen.size in ("7b", "13b")
+    if chosen.s2 and chosen.size != "3b":
+        raise UserError(f"configs/vila.py: s2 was published for 3b, not for {chosen.size}")
     vision = CLIP_L_336 if first else INTERNVIT_6B_448 if chosen.size == "40b" else SIGLIP_SO400M_384
     tokens = 576 if first else 256 if chosen.size == "40b" else 196
     common: dict[str, Any] = {"epochs": 1.0, "dtype": "bfloat16", "remat": "full"}
@@ -125,7 +130,9 @@ def get_config(argument: str = ""):
         **common,
     )
     connector = Connector(kind="space_to_depth", group=2, input_norm=True, token_order="columns")
-    words = [word for word, usual in ((chosen.llm, "updated"), (chosen.sft, "joint")) if word != usual]
+    words = ["s2"] * chosen.s2 + [
+        word for word, usual in ((chosen.llm, "updated"), (chosen.sft, "joint")) if word != usual
+    ]
     recipe = Recipe(
         name="_".join(["vila" if first else "vila15", chosen.size, *words]),
         model=Model(
@@ -133,6 +140,7 @@ def get_config(argument: str = ""):
             vision=vision,
             connector=Connector(kind="linear") if first else connector,
             feature_layers=(-1,) if large else (-2,),
+            scales=(1, 2) if chosen.s2 else (1,),
             image=Image(aspect="squash"),
             template=TEMPLATES.get(chosen.size, "vicuna_v1"),
             dtype="bfloat16",

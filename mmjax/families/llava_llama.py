@@ -62,7 +62,7 @@ def _read(config: Config, where: str) -> ModelConfig:
     keeps = select == "cls_patch"
     kind, depth = projector(fields.get("mm_projector_type", "linear"), where)
     spec = FeatureSpec(
-        (fields.get("mm_vision_select_layer", -2),), keeps, keep_registers=True, scales=_scales(fields, tower.vision)
+        (fields.get("mm_vision_select_layer", -2),), keeps, keep_registers=True, scales=scales(fields, tower.vision)
     )
     if fields.get("mm_hidden_size", spec.width(tower.vision)) != spec.width(tower.vision):
         raise UserError(
@@ -86,7 +86,7 @@ def _read(config: Config, where: str) -> ModelConfig:
     )
 
 
-def _scales(fields: Fields, tower: ViTConfig) -> tuple[int, ...]:
+def scales(fields: Fields, tower: ViTConfig) -> tuple[int, ...]:
     """The scales of `s2_scales`, which are sides in pixels. Raises UserError for those that are not multiples of the tower's size."""
     if not fields.get("s2", False):
         return (1,)
@@ -96,7 +96,8 @@ def _scales(fields: Fields, tower: ViTConfig) -> tuple[int, ...]:
     return tuple(side // tower.image_size for side in sorted(sides))
 
 
-def _written_scales(features: FeatureSpec, tower: ViTConfig) -> Config:
+def written_scales(features: FeatureSpec, tower: ViTConfig) -> Config:
+    """The fields that `scales` reads."""
     if features.scales == (1,):
         return {}
     return {"s2": True, "s2_scales": ",".join(str(scale * tower.image_size) for scale in features.scales)}
@@ -181,7 +182,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
         "architectures": base.get("architectures") or [ARCHITECTURES[base["model_type"]]],
         "model_type": base["model_type"],
         "mm_hidden_size": c.in_width,
-        **_written_scales(config.features, config.vision),
+        **written_scales(config.features, config.vision),
         "mm_patch_merge_type": c.merge,
         "mm_projector_type": f"mlp{c.depth}x_gelu" if c.kind == "mlp" else c.kind,
         "mm_vision_select_feature": "cls_patch" if config.features.keep_class_token else "patch",

@@ -46,7 +46,6 @@ def _parts(config: Config, where: str) -> tuple[Config, Config]:
 
 def _read(config: Config, where: str) -> ModelConfig:
     fields, names = Fields(config, where), names_of(config)
-    fields.only("s2", False)
     fields.only("mm_patch_merge_type", "flat")
     text, image = _parts(config, where)
     llm = parts.language(text, f"{where}: {names.text}").read_config(text, f"{where}: {names.text}").llm
@@ -61,12 +60,15 @@ def _read(config: Config, where: str) -> ModelConfig:
             "a patch would be lost. Set it to 'cls_patch'."
         )
     spec = FeatureSpec(
-        (fields.get("mm_vision_select_layer", -2),), keep_class_token=select == "cls_patch", keep_registers=True
+        (fields.get("mm_vision_select_layer", -2),),
+        keep_class_token=select == "cls_patch",
+        keep_registers=True,
+        scales=llava_llama.scales(fields, tower.vision),
     )
     projector_fields = Fields(config[names.projector], f"{where}: {names.projector}") if names.projector else fields
     connector = projector(
         projector_fields.need("mm_projector_type"),
-        tower.vision.feature_width,
+        spec.width(tower.vision),
         llm.input_width,
         spec.positions(tower.vision),
         token_order(fields),
@@ -138,7 +140,7 @@ def _write(config: ModelConfig, base: Config) -> Config:
     text, image = _parts(base, "the model's config")
     names, features = names_of(base), config.features
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
-    other = features.post_norm or features.joined or features.scales != (1,) or len(features.layers) != 1
+    other = features.post_norm or features.joined or len(features.layers) != 1
     if other or (config.vision.registers and not features.keep_registers):
         raise UserError(
             "the model does not fit VILA's layout: its connector reads one of the encoder's states before the last norm"
@@ -149,7 +151,8 @@ def _write(config: ModelConfig, base: Config) -> Config:
     order, before = token_order(Fields(base)), held.get("mm_projector_type", "")
     kind = {"mm_projector_type": projector_name(config.connector, order, before)}
     return {
-        **base,
+        **{name: value for name, value in base.items() if name not in ("s2", "s2_scales")},
+        **llava_llama.written_scales(features, config.vision),
         names.text: parts.language(text, names.text).write_config(config, text),
         names.image: parts.vision(image, names.image).write_config(config, image),
         **({names.projector: {"model_type": "v2l_projector", **held, **kind}} if names.projector else kind),

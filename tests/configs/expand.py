@@ -20,7 +20,7 @@ ARGUMENTS = {
     "llava15": ("", "13b", "lora"),
     "llava_next": ("", "13b", "mistral"),
     "llava_v1": ("", "7b"),
-    "vila": ("", "13b", "3b", "8b", "40b", "frozen", "visual"),
+    "vila": ("", "13b", "3b", "3b,s2", "8b", "40b", "frozen", "visual"),
     "moondream": ("", "v2"),
     "doubutsu": ("", "concat", "pooled", "tiles", "token"),
     "continue_from_hf": ("", "full"),

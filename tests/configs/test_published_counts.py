@@ -46,6 +46,11 @@ def test_vilas_projector_over_vicuna_13b():
     assert connector.tokens == 196
 
 
+def test_vilas_projector_over_two_scales():
+    """VILA-1.5-3B-S2 (scripts/v1_5/release/3b-s2): the maps of 384 and 768 pixels are joined on channels."""
+    assert trained("vila", "3b,s2")["align"] == vila_projector(2 * 1152, 2560) == 30_170_112
+
+
 def test_vilas_stages():
     """Scripts v1_5/release of NVlabs/VILA 143c773: the projector; then the LLM with it; then the tower as well. The LLM's own count is
     Llama-2-7B's 6,738,415,616 (its checkpoint); frozen in pretraining, the projector is left."""

@@ -233,10 +233,34 @@ def test_code_of_another_time_hands_out_the_tokens_in_another_order(tmp_path):
     np.testing.assert_allclose(one, other.transpose(1, 0, 2), atol=1e-5)
 
 
+def test_a_picture_at_two_scales_is_joined_on_channels(tmp_path):
+    """VILA-1.5-3B-S2's connector: of twice the width, for as many tokens, over the maps of the picture and of its four quarters."""
+    reference = Reference(*CASES["siglip, odd map"])
+    reference.projector = drawn(Projector("mlp_downsample", 48, 32))
+    (tmp_path / "theirs").mkdir()
+    reference.save(tmp_path / "theirs", s2=True, s2_scales="42,84", mm_hidden_size=48)
+    ours = mmjax.load(tmp_path / "theirs")
+    picture = torch.tensor(np.random.default_rng(2).standard_normal((1, 3, 84, 84)).astype(np.float32))
+    small = torch.nn.functional.interpolate(picture, (42, 42), mode="bicubic", align_corners=False)
+    with torch.no_grad():
+
+        def maps(x):
+            return reference.tower(x, output_hidden_states=True).hidden_states[-2].view(len(x), 3, 3, -1)
+
+        quarters = maps(torch.cat([picture[..., i : i + 42, j : j + 42] for i in (0, 42) for j in (0, 42)]))
+        whole = quarters.view(2, 2, 3, 3, -1).transpose(1, 2).reshape(6, 6, -1)
+        joined = torch.cat([maps(small)[0], whole.view(3, 2, 3, 2, -1).mean((1, 3))], -1).view(1, 9, 48)
+        tokens = reference.projector(joined).numpy()
+    found = ours({"input_ids": np.array([[1, IMAGE, 4]]), "images": picture.numpy()})
+    np.testing.assert_allclose(found["connector_output"], tokens, atol=2e-4)
+    ours.save_pretrained(tmp_path / "ours")
+    assert mmjax.load(tmp_path / "ours").config == ours.config
+
+
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"s2": True}, "s2 = True"),
+        ({"s2": True, "s2_scales": "42,70", "mm_hidden_size": 48}, "s2_scales = .42, 70. are not multiples"),
         ({"mm_vision_select_feature": "patch"}, "a patch would be lost"),
         ({"mm_projector_cfg": {"mm_projector_type": "resampler"}}, "mm_projector_type = 'resampler'"),
         ({"mm_hidden_size": 7}, "mm_hidden_size is 7"),
