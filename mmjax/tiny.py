@@ -125,5 +125,5 @@ def _source(source: Source, split: str, tiles: bool) -> Source:
     task = "caption" if source.kind == "captions" else "questions"
     prompts: dict[str, Any] = {key: value for key, value in source.options.items() if key in ("prompts", "system")}
     shapes: dict[str, Any] = {"canvas": "any"} if tiles else {}
-    options = {"split": split, "task": task, "size": SAMPLES, **shapes, **prompts}
+    options: dict[str, Any] = {"split": split, "task": task, "size": SAMPLES, **shapes, **prompts}
     return Source(kind="digits", weight=source.weight, options=options)
