@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import config as recipes
-from mmjax import published, tree, vocabulary
+from mmjax import published, qformer_weights, tree, vocabulary
 from mmjax.config import Part, Recipe
 from mmjax.data import sources, templates
 from mmjax.data import tiling as tilings
@@ -72,7 +72,10 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
         if isinstance(source, Published):
             loaded.append(published.load_part(source, part, dtype=section.dtype, shardings=places))
             bases[getattr(section, part).path] = published.fingerprint(source.directory)
-    if section.connector.path and config.connector is not None:
+    if config.connector is not None and config.connector.kind == "qformer":
+        if section.connector.path or section.connector.bert:
+            loaded.append(qformer_weights.load(section.connector, config.connector, recipe.seed))
+    elif section.connector.path and config.connector is not None:
         loaded.append(load_connector(section.connector.path, config.connector))
     params = _completed(recipe, config, tree.merge(*loaded), places)
     processor = None
@@ -93,6 +96,8 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
         run=Execution(dtype=section.dtype, mesh=mesh_of(params)),
         tokenizer=tokenizer,
         image_processor=processor,
+        connector_tokenizer=_connector_tokenizer(section.connector, tokenizer),
+        connector_text=section.connector.text_length,
         bases=bases,
         own=frozenset(tree.flatten(shapes)) - frozenset(tree.flatten(tree.merge(*loaded))) | _connector_paths(shapes),
     )
@@ -374,8 +379,10 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     """
     shapes = multimodal.shapes(config)
     there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
+    if "connector" in loaded and len(tree.flatten(loaded["connector"])) < len(tree.flatten(shapes["connector"])):
+        del there["connector"]  # some of a Q-Former's leaves
     absent = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
-    params = tree.merge(loaded, _drawing(config, absent)(jax.random.key(recipe.seed)))
+    params = tree.merge(_drawing(config, absent)(jax.random.key(recipe.seed)), loaded)
     flat = tree.flatten(_placed(params, places))
     return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
 
@@ -449,6 +456,20 @@ def _tokenizer(recipe: Recipe, language: Published | Config | None, workdir: Pat
     )
 
 
+def _connector_tokenizer(
+    section: recipes.Connector, of_language: PreTrainedTokenizerBase | None
+) -> PreTrainedTokenizerBase | None:
+    """What a connector that has words reads them with."""
+    if not section.text_vocab:
+        return None
+    found = read_tokenizer(locate(section.tokenizer)) if section.tokenizer else of_language
+    if found is not None and len(found) > section.text_vocab:
+        raise UserError(
+            f"the connector's tokenizer has {len(found)} tokens, more than model.connector.text_vocab = {section.text_vocab}"
+        )
+    return found
+
+
 def _texts(recipe: Recipe) -> Iterator[str]:
     """Every conversation of the stages' sources, as its template writes it."""
     seen = set()
@@ -456,7 +477,7 @@ def _texts(recipe: Recipe) -> Iterator[str]:
         stage = recipe.stages[name]
         template = templates.get(stage.template or recipe.model.template, None, recipe.model.system)
         for source in stage.sources.values():
-            if stage.objective == "language" and (key := (repr(source), template.name)) not in seen:
+            if stage.objective != "classify" and (key := (repr(source), template.name)) not in seen:
                 seen.add(key)
                 dataset = sources.open(source)
                 for i in range(len(dataset)):

@@ -48,6 +48,10 @@ VICUNA_V13 = {
     "7b": _llama("lmsys/vicuna-7b-v1.3", **_FIRST),
     "13b": _llama("lmsys/vicuna-13b-v1.3", **_FIRST, **_LLAMA_13B),
 }
+VICUNA_V11 = {
+    "7b": _llama("lmsys/vicuna-7b-v1.1", **_FIRST),
+    "13b": _llama("lmsys/vicuna-13b-v1.1", **_FIRST, **_LLAMA_13B),
+}
 VICUNA_V15 = {
     "7b": _llama("lmsys/vicuna-7b-v1.5"),
     "13b": _llama("lmsys/vicuna-13b-v1.5", **_LLAMA_13B),
@@ -129,6 +133,73 @@ QWEN2_1_5B_INSTRUCT = Part(
         "hidden_act": "silu",
         "use_sliding_window": False,
         "tie_word_embeddings": True,
+    },
+)
+
+def _opt(path: str, width: int) -> Part:
+    return Part(
+        path,
+        {
+            "model_type": "opt",
+            "vocab_size": 50272,
+            "hidden_size": width,
+            "ffn_dim": 4 * width,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "max_position_embeddings": 2048,
+            "word_embed_proj_dim": width,
+            "do_layer_norm_before": True,
+            "activation_function": "relu",
+            "bos_token_id": 2,
+            "eos_token_id": 2,
+            "pad_token_id": 1,
+        },
+    )
+
+
+OPT = {"2.7b": _opt("facebook/opt-2.7b", 2560), "6.7b": _opt("facebook/opt-6.7b", 4096)}
+
+
+def _flan_t5(path: str, width: int, mlp_width: int, heads: int) -> Part:
+    return Part(
+        path,
+        {
+            "model_type": "t5",
+            "vocab_size": 32128,
+            "d_model": width,
+            "d_kv": 64,
+            "d_ff": mlp_width,
+            "num_layers": 24,
+            "num_heads": heads,
+            "feed_forward_proj": "gated-gelu",
+            "layer_norm_epsilon": 1e-6,
+            "tie_word_embeddings": False,
+            "decoder_start_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+        },
+    )
+
+
+FLAN_T5 = {
+    "xl": _flan_t5("google/flan-t5-xl", 2048, 5120, 32),
+    "xxl": _flan_t5("google/flan-t5-xxl", 4096, 10240, 64),
+}
+
+# EVA-CLIP's ViT-g without its last block, as BLIP-2 has it: with the norm behind it that its Q-Former was trained with.
+EVA_G = Part(
+    "Salesforce/blip2-opt-2.7b",
+    {
+        "model_type": "blip_2_vision_model",
+        "hidden_size": 1408,
+        "intermediate_size": 6144,
+        "num_hidden_layers": 39,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "qkv_bias": True,
     },
 )
 

@@ -79,7 +79,15 @@ class Part:
 class Connector:
     """See mmjax.models.encoder_config.ConnectorConfig; `kind` also takes LLaVA's spelling mlpNx_gelu. `depth` 0 = the kind's own.
     It puts out tokens as wide as the LLM's, or, for a cross-attention between blocks, `hidden_width` wide (0 = as the encoder's).
-    `path` reads published connector weights (a projector-only file or directory); "" = fresh."""
+    `path` reads published connector weights (a projector-only file or directory); "" = fresh.
+
+    text_vocab   rows of a Q-Former's table of words; 0 = it has none
+    text_length  tokens of what the user says that a Q-Former reads beside the picture (InstructBLIP); 0 = none
+    tokenizer    of what a Q-Former reads; "" = the language model's own
+    bert         directory of a BERT as which a Q-Former begins, under what `path` has; "" = fresh
+    projection   whether the Linear in front of the language model is taken from a Q-Former's `path`, too: not where that was made
+                 for another language model
+    """
 
     kind: str = "mlp2x_gelu"
     depth: int = 0
@@ -103,9 +111,13 @@ class Connector:
     mlp_width: int = 0
     text_vocab: int = 0
     text_positions: int = 512
+    text_length: int = 0
     contrast_width: int = 0
     merge: Literal["flat", "spatial", "spatial_unpad"] = "flat"
+    tokenizer: str = ""
+    bert: str = ""
     path: str = ""
+    projection: bool = True
 
 
 @dataclasses.dataclass
@@ -294,7 +306,8 @@ class Validation:
 class Stage:
     """One stage of training.
 
-    objective     "language" (next token at supervised positions) or "classify" (the vision encoder's own head)
+    objective     "language" (next token at supervised positions), "classify" (the vision encoder's own head) or "contrastive" (a
+                  Q-Former's first stage on pictures and their captions, whose tokens `length` limits; see mmjax.models.image_text)
     trainable     globs over parameter paths; each must match something. Everything else is frozen.
     steps/epochs  one of them > 0
     rows          rows of a step over all devices and micro-batches; length: tokens of a row
@@ -308,7 +321,7 @@ class Stage:
     cache_features   run the frozen encoder once over every picture and keep its features on disk
     """
 
-    objective: Literal["language", "classify"] = "language"
+    objective: Literal["language", "classify", "contrastive"] = "language"
     trainable: tuple[str, ...] = ("connector/**",)
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     steps: int = 0

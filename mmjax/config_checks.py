@@ -28,7 +28,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads", "cross_every", "text_positions"), (1, math.inf)),
-    **dict.fromkeys(("mlp_width", "text_vocab", "contrast_width"), (0, math.inf)),
+    **dict.fromkeys(("mlp_width", "text_vocab", "text_length", "contrast_width"), (0, math.inf)),
     "first": (0, math.inf),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
@@ -68,6 +68,8 @@ def missing_files(recipe: Recipe, job: str) -> list[str]:
         wanted = {"model.path": model.path}
         for name in ("llm", "vision", "connector", "tokenizer"):
             wanted[f"model.{name}.path"] = getattr(model, name).path
+        wanted["model.connector.tokenizer"] = model.connector.tokenizer
+        wanted["model.connector.bert"] = model.connector.bert
     if job == "train":
         for name in recipe.run:
             stage = recipe.stages[name]
@@ -188,6 +190,10 @@ def _connector(connector: Connector) -> Iterator[str]:
         yield f"model.connector.text_vocab: only a Q-Former reads text, not kind={kind!r}."
     if connector.contrast_width and not connector.text_vocab:
         yield "model.connector.contrast_width compares pictures with texts; model.connector.text_vocab says how many words those have."
+    if connector.text_length and not connector.text_vocab:
+        yield "model.connector.text_length is what a Q-Former reads; model.connector.text_vocab says how many words that has."
+    if connector.text_length > connector.text_positions:
+        yield f"model.connector.text_length is {connector.text_length}, more than text_positions={connector.text_positions}."
     if connector.squeeze_width and kind not in MLPS and not named:
         yield f"model.connector.squeeze_width is a layer of an MLP ({', '.join(MLPS)}), which kind={kind!r} has not."
 
@@ -246,8 +252,8 @@ def _stage(key: str, stage: Stage) -> Iterator[str]:
         yield f"{key}.validation.patience is {stage.validation.patience} but {key}.validation.every is 0: nothing is validated."
     for name, source in stage.sources.items():
         yield from _source(f"{key}.sources.{name}", source)
-        if stage.objective == "classify" and (source.join > 1 or source.loss_weight != 1):
-            yield f"{key}.sources.{name}: join and loss_weight are of text; with objective='classify' leave them at 1."
+        if stage.objective != "language" and (source.join > 1 or source.loss_weight != 1):
+            yield f"{key}.sources.{name}: join and loss_weight are of text; with objective={stage.objective!r} leave them at 1."
     if stage.sources and not any(source.loss_weight for source in stage.sources.values()):
         yield f"{key}.sources: every loss_weight is 0, so nothing would be learned."
     for name, source in stage.validation.sources.items():

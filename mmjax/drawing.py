@@ -39,11 +39,11 @@ def first_batch(
 ) -> None:
     """Draw the first `rows` rows of a batch: thumbnails, and the text as the model reads it with what it is taught marked.
 
-    `decode` turns token ids to text, special tokens included. A batch without tokens (classification) is drawn as its
-    tiles with their classes.
+    `decode` turns token ids to text, special tokens included. A batch without tokens (classification, pairs of picture
+    and text) is drawn as its tiles with their classes or texts; `decode` is then of the connector's tokens.
     """
     if batch.tokens is None:
-        return _tiles(path, batch)
+        return _tiles(path, batch, decode)
     blocks = [_row(batch, decode, tokens_per_tile, row) for row in range(min(rows, len(np.asarray(batch.tokens))))]
     sheet = _Sheet(10.0, sum(len(lines) * LINE + (1.0 if images else 0.0) + 0.25 for lines, images in blocks) + 0.5)
     sheet.text(0.2, 0.25, "First batch", fontsize=12, fontweight="bold")
@@ -254,14 +254,20 @@ def _lines(spans: Iterable[tuple[str, bool]]) -> list[list[tuple[str, bool]]]:
     return [line for line in lines if line]
 
 
-def _tiles(path: Path, batch: Batch) -> None:
-    pixels, classes = np.asarray(batch.images), np.asarray(batch.classes)
-    pixels, classes = pixels.reshape(-1, *pixels.shape[2:])[:32], classes.reshape(-1)[:32]
+def _tiles(path: Path, batch: Batch, decode: Callable[[list[int]], str]) -> None:
+    kept = np.full((*np.shape(batch.tiles), 1, 1, 3), 230, np.uint8)  # of pictures only cached features are there
+    pixels = kept if batch.images is None else np.asarray(batch.images)
+    pixels = pixels.reshape(-1, *pixels.shape[2:])[:32]
+    if batch.classes is not None:
+        labels = [str(label) for label in np.asarray(batch.classes).reshape(-1)[:32]]
+    else:
+        words, real = (np.asarray(a).reshape(-1, a.shape[-1])[:32] for a in (batch.connector_tokens, batch.connector_segments))
+        labels = ["\n".join(textwrap.wrap(decode(ids[on > 0].tolist()), 16, max_lines=4)) for ids, on in zip(words, real)]
     figure = Figure(figsize=(8, 1.2 * -(-len(pixels) // 8) + 0.4), layout="constrained")
     figure.suptitle("First batch", x=0.01, ha="left", fontsize=12, fontweight="bold", color=INK)
-    for axes, image, label in zip(figure.subplots(-(-len(pixels) // 8), 8, squeeze=False).flat, pixels, classes):
+    for axes, image, label in zip(figure.subplots(-(-len(pixels) // 8), 8, squeeze=False).flat, pixels, labels):
         axes.imshow(image, interpolation="nearest")
-        axes.set_title(str(label), fontsize=9, color=INK)
+        axes.set_title(label, fontsize=9, color=INK, parse_math=False)
     for axes in figure.axes:
         axes.set_axis_off()
     _save(figure, path)

@@ -24,7 +24,13 @@ from mmjax.model import Model
 from mmjax.models import new_rows, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.preprocessing import PLACEHOLDER, is_writable, write_image_processor, write_tokenizer
+from mmjax.preprocessing import (
+    PLACEHOLDER,
+    is_writable,
+    write_connector_tokenizer,
+    write_image_processor,
+    write_tokenizer,
+)
 
 log = logging.getLogger(__name__)
 
@@ -286,6 +292,8 @@ def _write_rest(model: Model, family: Family, foreign: Config, path: Path) -> No
     home = homes.get("llm", path)
     if model.tokenizer is not None:
         write_tokenizer(model.tokenizer, model.template, home, model.image_start, model.image_end)
+    if model.connector_tokenizer is not None and model.connector_text:
+        write_connector_tokenizer(model.connector_tokenizer, model.connector_text, path)
     processor = model.image_processor
     # What has no file in transformers' layout is not written where the family's code or config.json says it.
     if processor is not None and (is_writable(processor) or processor.tiling != family.tiling(foreign, model.config)):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-import re
 from typing import Literal, Sequence
 
 from mmjax import tree
@@ -87,9 +86,13 @@ class Flops:
 
 
 def training_flops(
-    config: ModelConfig, selection: Selection, objective: Literal["language", "classify"] = "language"
+    config: ModelConfig,
+    selection: Selection,
+    objective: Literal["language", "classify", "contrastive"] = "language",
+    beside: int = 0,
 ) -> Flops:
-    """What a training step of `config` costs when the leaves of `selection` are trained."""
+    """What a training step of `config` costs when the leaves of `selection` are trained; `beside`: tokens of text that a Q-Former reads
+    beside a tile."""
     shapes = {path: leaf.shape for path, leaf in tree.flatten(multimodal.shapes(config)).items()}
     trained = _trained(shapes, selection)
     first = min((_place(path, layer, config) for path, layer in trained), default=(math.inf, 0.0))
@@ -110,7 +113,7 @@ def training_flops(
     for path, shape in shapes.items():
         if not _is_matmul(path, config):
             continue
-        rows, table = _rows(path, config, objective), per_tile
+        rows, table = _rows(path, config, objective, beside), per_tile
         if path.startswith("llm/"):
             rows, table = _share_of_experts(path, config), per_supervised if _is_head(path, config) else per_token
             table = per_source if _reads_source(path) else table
@@ -143,12 +146,6 @@ def training_flops(
         for layer in range(used["vision"]):
             passes = 3 if _site("vision/layers/", layer) >= first else 1
             per_tile["vision"] += _attention(config.vision.block) * pairs * passes
-    if config.connector is not None and config.connector.kind == "qformer" and objective == "language":
-        c = config.connector
-        passes = 3 if _site("connector/layers/", 0) >= first else 1
-        # queries read each other in every layer, the positions in some
-        pairs = c.latents * (c.latents * c.depth + c.positions * -(-c.depth // c.cross_every))
-        per_tile["connector"] += _attention(qformer.block_config(c)) * pairs * passes
     if config.connector is not None and config.connector.resamples and objective == "language":
         c = config.connector
         passes = 3 if _site("connector/layers/", 0) >= first else 1
@@ -156,6 +153,10 @@ def training_flops(
         per_tile["connector"] += _attention(perceiver.block_config(c)) * c.latents * (c.pooled + c.latents) * c.depth * passes
     if config.features.stitching is not None:
         per_tile["connector"] /= 2  # there is room for one picture for every two tiles
+    if config.connector is not None and config.connector.kind == "qformer" and objective != "classify":
+        c = config.connector
+        passes = 3 if _site("connector/layers/", 0) >= first else 1
+        per_tile["connector"] += _attention(qformer.block_config(c)) * passes * _qformer_pairs(c, objective, beside)
     return Flops(
         dict(per_tile), dict(per_token), dict(per_supervised), dict(per_pair), dict(per_source), per_source_pair, per_cross_pair
     )
@@ -236,9 +237,11 @@ def _share_of_experts(path: str, config: ModelConfig) -> float:
     return experts.chosen / experts.count if experts and "/experts_" in path else 1.0
 
 
-def _rows(path: str, config: ModelConfig, objective: str) -> float:
+def _rows(path: str, config: ModelConfig, objective: str, beside: int) -> float:
     """How many positions of a tile a weight outside the LLM is applied to; 0 where it is not used."""
     if path.startswith("connector/"):
+        if config.connector and config.connector.kind == "qformer" and objective != "classify":
+            return _qformer_rows(path, config.connector, objective, beside)
         return _connector_rows(path, config.connector) if config.connector and objective == "language" else 0
     if not path.startswith("vision/") or config.vision is None:
         return 0
@@ -251,7 +254,7 @@ def _rows(path: str, config: ModelConfig, objective: str) -> float:
         return vision.positions * views
     if path.startswith("vision/layers"):
         return (vision.positions + vision.prefix) * views
-    if objective == "language" or path.startswith(("vision/projection", "vision/pooler")):
+    if objective != "classify" or path.startswith(("vision/projection", "vision/pooler")):
         return 0
     return vision.positions if "/attention/key" in path or "/attention/value" in path else 1
 
@@ -264,16 +267,40 @@ def _views(config: ModelConfig) -> int:
 def _connector_rows(path: str, config: ConnectorConfig) -> int:
     if config.own is not None:  # as if every weight met every position
         return max(config.pooled, config.tokens)
-    if config.kind == "qformer":  # the text's own layers and the heads of its first stage are another objective's
-        if "/text_mlp/" in path or path.startswith("connector/heads/"):
-            return 0
-        return config.positions if re.search("/cross_attention/(key|value)/", path) else config.latents
     if config.resamples:
         if path.startswith("connector/project_in/"):
             return config.pooled
         read = config.pooled + (config.latents if config.kind == "perceiver" else 0)
         return read if "/cross_attention/key/" in path or "/cross_attention/value/" in path else config.latents
     return config.tokens if config.kind in ("concat", "space_to_depth") else config.pooled
+
+
+def _qformer_rows(path: str, config: ConnectorConfig, objective: str, text: int) -> float:
+    """The same of a Q-Former. Its first stage reads every picture alone and in three pairs, every text alone, in three pairs and where
+    it is written."""
+    contrastive, queries = objective == "contrastive", config.latents
+    pictures, texts = (4, 5) if contrastive else (1, 1)
+    if path.startswith("connector/heads/"):
+        heads = {"image": queries, "text": 1, "match": 3 * queries, "language": text}
+        return heads[path.split("/")[2]] if contrastive else 0
+    if path.startswith("connector/embed/"):
+        return text if contrastive else 0  # the head's table is that of the words
+    if path.startswith("connector/project_out/"):
+        return 0 if contrastive else queries
+    if "/cross_attention/key/" in path or "/cross_attention/value/" in path:
+        return pictures * config.pooled
+    if "/cross_attention/" in path or "/layers/mlp/" in path:
+        return pictures * queries
+    return texts * text if "/text_mlp/" in path else pictures * queries + texts * text
+
+
+def _qformer_pairs(config: ConnectorConfig, objective: str, text: int) -> float:
+    """Pairs of positions of a tile of which one attends to the other, over all layers of a Q-Former."""
+    queries, crossing = config.latents, -(-config.depth // config.cross_every)
+    if objective != "contrastive":
+        return config.depth * (queries + text) ** 2 + crossing * queries * config.pooled
+    own = queries**2 + text**2 + 3 * (queries + text) ** 2 + text * queries + text**2 / 2
+    return config.depth * own + crossing * 4 * queries * config.pooled
 
 
 def _pixels(config: MobileNetV2Config) -> dict[str, int]:
@@ -309,6 +336,8 @@ def _is_head(path: str, config: ModelConfig) -> bool:
 def _is_matmul(path: str, config: ModelConfig) -> bool:
     if path.startswith(("llm/pooler/", "llm/classifier/")):
         return False  # not used in training on language
+    if path == "connector/embed/embedding":
+        return bool(config.connector and config.connector.contrast_width)
     return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith(("/embedding", "/new_rows")) and _is_head(path, config))
 
 

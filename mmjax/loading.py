@@ -17,7 +17,13 @@ from mmjax.models import connectors, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.parallel.sharding import mesh_of
-from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
+from mmjax.preprocessing import (
+    has_tokenizer,
+    image_processor,
+    read_connector_tokenizer,
+    read_image_processor,
+    read_tokenizer,
+)
 from mmjax.published import Published, locate, open_published, read_json
 from mmjax.tree import Params
 
@@ -92,6 +98,7 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
                 processor = dataclasses.replace(processor, aspect=aspect)
         if processor is not None and processor.tiling is None and (cut := source.family.tiling(foreign, source.config)):
             processor = dataclasses.replace(processor, tiling=cut, aspect="squash")
+    beside, beside_length = read_connector_tokenizer(directory, source.config)
     delimited = bool(foreign.get("mm_use_im_start_end", False))
     return Model(
         config=source.config,
@@ -104,6 +111,8 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
         image_processor=processor,
         image_start="<im_start>" if delimited else "",
         image_end="<im_end>" if delimited else "",
+        connector_tokenizer=beside,
+        connector_text=beside_length,
         generation=read_json(generation[0]) if generation else {},
         bases=published.bases(source),
     )

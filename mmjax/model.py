@@ -194,7 +194,9 @@ class Model:
                 f"pictures in messages are not supported for a {self.family.model_types[0]}, whose positions have several axes; "
                 "call the model with its processor's inputs"
             )
-        known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": self.connector_text}
+        longest = max((len(ids) for row in rows for example in row for ids in example.beside), default=0)
+        beside = min(self.connector_text, -(-max(longest, 1) // 32) * 32)  # few lengths are compiled
+        known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": beside}
         known |= {"stitched": self.config.features.stitching is not None}
         known |= {"row_media": 0} if self.config.cross_attention is not None else {}
         return collate(rows, **{**known, **settings})

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "<image>"
+CONNECTOR_TOKENIZER = "qformer_tokenizer"  # the folder of what a Q-Former reads
 # The image processors to which one number as `size` means both sides; to the others it means the shortest edge.
 BOTH_SIDES = ("Siglip", "Blip", "Idefics", "GotOcr2")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -191,6 +192,27 @@ def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False, **asked)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{directory} has no tokenizer that can be read: {str(error).splitlines()[0]}") from error
+
+
+def write_connector_tokenizer(tokenizer: PreTrainedTokenizerBase, length: int, directory: Path) -> None:
+    """The tokenizer of what a Q-Former reads beside a picture, at most `length` tokens, where transformers' InstructBLIP has it."""
+    before = tokenizer.model_max_length
+    tokenizer.model_max_length = length
+    try:
+        tokenizer.save_pretrained(str(directory / CONNECTOR_TOKENIZER))
+    finally:
+        tokenizer.model_max_length = before
+
+
+def read_connector_tokenizer(
+    directory: Path, config: ModelConfig
+) -> tuple[PreTrainedTokenizerBase | None, int]:
+    """What `write_connector_tokenizer` wrote, and the length; (None, 0) where there is none or nothing that reads it."""
+    home, connector = directory / CONNECTOR_TOKENIZER, config.connector
+    if connector is None or not connector.text_vocab or not has_tokenizer(home):
+        return None, 0
+    found = read_tokenizer(home)
+    return found, min(found.model_max_length, connector.text_positions)
 
 
 def write_tokenizer(

@@ -20,6 +20,13 @@ SIZES: dict[str, int] = {
     "image_size": 84,
     "patch_size": 14,
     "num_patches": 36,
+    "ffn_dim": 64,
+    "word_embed_proj_dim": 32,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
 }
 """Fields of a config.json that are sizes, and their tiny values. Those a config does not have are not added. 6 x 6 patches can
 be put together by 4 and by 9."""
@@ -46,18 +53,24 @@ def tiny(recipe: Recipe) -> Recipe:
 
 
 def _model(model: Model) -> Model:
-    perceiver: dict[str, Any] = {}
-    if "perceiver" in model.connector.kind:
+    queries: dict[str, Any] = {}
+    if "perceiver" in model.connector.kind or model.connector.kind == "qformer":
         sizes = {"depth": 2, "latents": 4, "heads": 2, "head_dim": 16}
-        perceiver = {name: min(getattr(model.connector, name) or size, size) for name, size in sizes.items()}
+        queries = {name: min(getattr(model.connector, name) or size, size) for name, size in sizes.items()}
+    if model.connector.text_vocab:
+        # the language model's tokenizer stands in for the connector's, with one word more (BLIP-2's [DEC])
+        queries |= {"text_vocab": SIZES["vocab_size"] + 1, "text_positions": 64, "tokenizer": ""}
+        queries["text_length"] = min(model.connector.text_length, 32)
+        queries["contrast_width"] = min(model.connector.contrast_width, 16)
     connector = dataclasses.replace(
         model.connector,
         path="",
+        bert="",
         hidden_width=min(model.connector.hidden_width, 64),
         squeeze_width=min(model.connector.squeeze_width, 64),
         pooled_tokens=min(model.connector.pooled_tokens, 4),
         grid=min(model.connector.grid, 3),
-        **perceiver,
+        **queries,
     )
     crossed = model.cross_attention
     if crossed.every:
@@ -106,7 +119,7 @@ def _stage(stage: Stage, tiles: bool) -> Stage:
         steps=4,
         epochs=0.0,
         rows=8,
-        length=256 if tiles else 160,
+        length=min(stage.length, 32) if stage.objective == "contrastive" else 256 if tiles else 160,
         answer_length=min(stage.answer_length, 64),
         tiles=min(stage.tiles, 6 if tiles else 2),
         accumulate=min(stage.accumulate, 2),

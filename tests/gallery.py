@@ -31,6 +31,7 @@ from mmjax.config import Evaluation, Mesh, Optimizer, Part, Recipe, Source, Stag
 from mmjax.config_parsing import to_dict
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
+from mmjax.preprocessing import read_tokenizer
 from mmjax.training.trainable import select
 from tests.configs import expand
 
@@ -88,7 +89,10 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
     small = from_config_dict(expand.config(name, f"{argument},tiny"))
     parts = {"llm": _llm(full, small, chosen.llm), "vision": Part(path=str(chosen.vision))}
     seen = {"feature_layers": (-1,), "post_norm": False, "keep_class_token": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
-    model = dataclasses.replace(small.model, **parts, **seen, system="", dtype="float32")
+    connector = small.model.connector
+    if connector.text_vocab and parts["llm"].path:  # one word more than the tokenizer that it reads with
+        connector = dataclasses.replace(connector, text_vocab=len(read_tokenizer(chosen.llm)) + 1)
+    model = dataclasses.replace(small.model, **parts, **seen, connector=connector, system="", dtype="float32")
     recipe = dataclasses.replace(small, model=model, mesh=Mesh(cpu_devices=2))
     config = model_config(recipe)
     params = multimodal.shapes(config)
@@ -168,7 +172,9 @@ def _stage(
 ) -> Stage:
     small = recipe.stages[name]
     leaves = [path for path in tree.flatten(params) if not path.startswith("vision/")]
-    there = [glob for glob in small.trainable if any(tree.matches(path, glob) for path in leaves)]
+    published = recipe.model.connector.kind == "qformer"  # of which there is no small one: it is trained as a whole
+    globs = [*small.trainable, *(["connector/**"] if published and small.objective == "language" else [])]
+    there = [glob for glob in globs if any(tree.matches(path, glob) for path in leaves)]
     rows, in_row = (max(ROWS, small.accumulate * 2), IN_ROW) if small.packing else (max(ROWS, small.accumulate * 2) * IN_ROW, 1)
     return dataclasses.replace(
         small,
@@ -177,7 +183,7 @@ def _stage(
         validation=dataclasses.replace(small.validation, sources={}, every=0),
         steps=max(1, samples // (rows * in_row)),
         rows=rows,
-        length=in_row * (config.tokens_per_tile + TEXT),
+        length=TEXT if small.objective == "contrastive" else in_row * (config.tokens_per_tile + TEXT),
         tiles=in_row if small.tiles else 0,
         cache_features=True,
         optimizer=_optimizer(small.optimizer, list(select(params, there, name).leaves)),

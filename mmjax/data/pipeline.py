@@ -25,7 +25,9 @@ from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
 from mmjax.data.messages import LEFT_OUT, BadSample
 from mmjax.data.messages import images as image_parts
+from mmjax.data.messages import text as text_of
 from mmjax.data.sources import Dataset
+from mmjax.data.text_beside import TextBeside
 from mmjax.errors import UserError
 
 __all__ = ["Features", "Info", "Pipeline", "Skipped", "collate"]
@@ -85,7 +87,8 @@ class Pipeline:
     """The batches of a stage.
 
     datasets        by the names of stage.sources
-    encoder         its limits are set to stage.length and stage.answer_length; None for the objective "classify"
+    encoder         its limits are set to stage.length and stage.answer_length; None for the objective "classify". For "contrastive"
+                    its `beside` says how captions are read
     groups          of the whole step over all processes: (shards of the data axes) x stage.accumulate. Micro-batch m is the m-th part
                     of every shard's rows and groups, so that no row changes its device (see mmjax.training.step)
     process_index   this process yields stage.rows / process_count rows and groups / process_count groups a step
@@ -120,7 +123,8 @@ class Pipeline:
             raise UserError(f"unknown augmentation {unknown[0]!r}; there is flip")
         self.stage, self.datasets, self.loader, self.seed = stage, dict(datasets), loader, seed
         # positions of an encoder-decoder's decoder; 0 where there is none
-        self.answer_length = (stage.answer_length or stage.length) if encoder and encoder.start_token is not None else 0
+        writes = encoder is not None and encoder.start_token is not None and stage.objective == "language"
+        self.answer_length = (stage.answer_length or stage.length) if writes else 0
         self.encoder = encoder and dataclasses.replace(encoder, max_length=stage.length, max_answer=self.answer_length)
         self.image_processor, self.features = image_processor, features
         self.rows, self.groups = rows, groups_here
@@ -190,10 +194,14 @@ class Pipeline:
             row_media=self.stage.tiles if self.encoder and self.encoder.placeholder is not None else None,
             answer_length=self.answer_length,
         )
-        if not language and batch.classes is None and batch.tiles is not None:
+        if self.stage.objective == "classify" and batch.classes is None and batch.tiles is not None:
             batch = dataclasses.replace(batch, classes=np.full(batch.tiles.shape, -1, np.int32))
         answers = sum(len(e.decoder_ids) for row in rows for e in row if e.decoder_ids is not None)
         tokens = sum(len(example.ids) for row in rows for example in row) + answers
+        positions = self.rows * (self.stage.length + self.answer_length)
+        if self.stage.objective == "contrastive":  # its text stands beside the tiles, and there is no other
+            tokens = sum(len(ids) for row in rows for example in row for ids in example.beside)
+            positions = self.rows * self.stage.tiles * self.stage.length
         end_of_step = (step + 1) * self.stage.rows - 1
         info = Info(
             step=int(step),
@@ -201,7 +209,7 @@ class Pipeline:
             ids=tuple(tuple(example.id for example in row) for row in rows),
             tokens=tokens,
             supervised=int(np.count_nonzero(batch.weights)) if batch.weights is not None else 0,
-            padding=1 - tokens / (self.rows * (self.stage.length + self.answer_length)) if language else 0.0,
+            padding=1 - tokens / positions if tokens or language else 0.0,
             images=sum(len(example.images) for row in rows for example in row),
             tiles=sum(example.tile_count for row in rows for example in row),
             skipped=tuple(skipped),
@@ -241,7 +249,9 @@ class Pipeline:
         if self.stage.objective == "classify":
             return functools.partial(_classified, tiles=self.stage.tiles)
         if self.encoder is None:
-            raise UserError('the objective "language" needs a tokenizer')
+            raise UserError(f'the objective "{self.stage.objective}" needs a tokenizer')
+        if self.stage.objective == "contrastive":
+            return functools.partial(_paired, beside=self.encoder.beside, tiles=self.stage.tiles)
         return functools.partial(_encoded, encoder=self.encoder, tiles=self.stage.tiles)
 
     def _table(self, workdir: Path | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -354,6 +364,18 @@ def _classified(dataset: Dataset, index: int, *, tiles: int) -> Example:
         raise BadSample(sample.id, f"its answer {answer!r} is not the number of a class")
     empty = np.zeros(0, np.int32)
     return Example(sample.id, empty, empty, empty, tuple(shown), category=int(answer))
+
+
+def _paired(dataset: Dataset, index: int, *, beside: TextBeside, tiles: int) -> Example:
+    """A sample of the objective "contrastive": one image, and its caption as the text beside it."""
+    sample = dataset[index]
+    shown, caption = image_parts(sample.messages), text_of(sample.messages[-1]).strip()
+    if len(shown) != 1 or not tiles:
+        raise BadSample(sample.id, f"it has {len(shown)} images; to be compared with its text it must have one")
+    if sample.messages[-1]["role"] != "assistant" or not caption:
+        raise BadSample(sample.id, "it has no caption: its last message is no text by the assistant")
+    empty = np.zeros(0, np.int32)
+    return Example(sample.id, empty, empty, empty, tuple(shown), beside=(beside.caption(caption),))
 
 
 def _coin(*key: int) -> bool:

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 
-def _supervised(text: str) -> str:
-    return "{%- generation -%}{{ " + text + " }}{%- endgeneration -%}"
+def _supervised(text: str, end: str) -> str:
+    return "{%- generation -%}{{ " + text + " }}{{ " + end + " }}{%- endgeneration -%}"
 
 
 def _pictures_first(question: str, end: str) -> str:
@@ -16,7 +16,7 @@ def _pictures_first(question: str, end: str) -> str:
         "{%- set ns = namespace(asked=false) -%}{%- for m in turns -%}{%- if m.role == 'user' -%}"
         "{{ pictures(m.content) }}{%- if loop.first -%}{{ bos_token }}{{ system }}{%- else -%}{{ ' ' }}{%- endif -%}"
         "{{ " + question + " }}{%- set ns.asked = words(m.content) | length > 0 -%}"
-        "{%- else -%}" + _supervised("(' ' if ns.asked else '') + words(m.content) + " + end) + "{%- endif -%}{%- endfor -%}"
+        "{%- else -%}" + _supervised("(' ' if ns.asked else '') + words(m.content)", end) + "{%- endif -%}{%- endfor -%}"
     )
 
 
@@ -26,7 +26,7 @@ def _minigpt4(asks: str, answers: str, end: str, later: str) -> str:
         "{{ system }}{%- for m in turns -%}{%- if m.role == 'user' -%}{{ '" + asks + "' if loop.first else '" + later + "' }}"
         "{%- for part in ([{'type': 'text', 'text': m.content}] if m.content is string else m.content) -%}"
         "{%- if part.type == 'image' -%}{{ '<Img>' }}{{ \"<image>\" }}{{ '</Img> ' }}{%- else -%}{{ part.text }}{%- endif -%}"
-        "{%- endfor -%}{{ '" + answers + "' }}{%- else -%}" + _supervised("words(m.content) + " + end) + "{%- endif -%}{%- endfor -%}"
+        "{%- endfor -%}{{ '" + answers + "' }}{%- else -%}" + _supervised("words(m.content)", end) + "{%- endif -%}{%- endfor -%}"
     )
 
 

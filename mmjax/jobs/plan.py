@@ -33,9 +33,9 @@ def run(recipe: Recipe, workdir: Path) -> None:
     print(_table(["part", "parameters", f"bytes in {recipe.model.dtype}"], _part_rows(params, recipe.model.dtype)))
     rows = []
     for name in recipe.run:
-        stage = recipe.stages[name]
+        stage, beside = recipe.stages[name], recipe.model.connector.text_length
         picture = _picture(recipe, config) if stage.tiled else None
-        figured = stage_figures(config, params, stage, recipe.model.dtype, f"stages.{name}", picture)
+        figured = stage_figures(config, params, stage, recipe.model.dtype, f"stages.{name}", picture, beside)
         figures |= {f"{key}_{name}": value for key, value in figured.items()}
         rows.append([name, *(_shown(key, value) for key, value in figured.items())])
     print(_table(["stage", *(key.replace("_", " ") for key in _COLUMNS)], rows))
@@ -65,10 +65,16 @@ def _picture(recipe: Recipe, config: ModelConfig) -> tuple[int, int] | None:
 
 
 def stage_figures(
-    config: ModelConfig, params: Params, stage: Stage, dtype: str, key: str, picture: tuple[int, int] | None = None
+    config: ModelConfig,
+    params: Params,
+    stage: Stage,
+    dtype: str,
+    key: str,
+    picture: tuple[int, int] | None = None,
+    beside: int = 0,
 ) -> dict[str, float]:
     """The figures of `_COLUMNS` for one stage. `dtype`: of frozen weights; `key` names the stage in errors; `picture`: tiles and
-    tokens of a picture, one tile where not given.
+    tokens of a picture, one tile where not given; `beside`: tokens of text that a Q-Former reads beside a tile.
 
     Every position that is not the picture's is taken to be supervised, and every row to be full. An encoder-decoder's encoder
     reads the row, and its decoder writes a row of answers (stage.answer_length, or as much as is not the picture's).
@@ -83,10 +89,10 @@ def stage_figures(
     per_row = max(1, stage.tiles // tiles) if stage.packing else 1
     length = stage.length / per_row
     media = tokens if stage.objective == "language" and stage.tiles else 0
-    cost = flops.training_flops(config, selection, stage.objective)
+    cost = flops.training_flops(config, selection, stage.objective, stage.length if stage.objective == "contrastive" else beside)
     encoded = not stage.cache_features
-    if stage.objective == "classify":
-        length, per_row = 0.0, 1
+    if stage.objective != "language":
+        length, per_row = float(stage.length) if stage.objective == "contrastive" else 0.0, 1
         parts = cost.count([], 0, 1, encoded)
     else:
         supervised, tiles = max(0.0, length - media), tiles if stage.tiles else 0

@@ -8,6 +8,7 @@ import functools
 import logging
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from jax.sharding import Mesh
@@ -34,6 +35,9 @@ from mmjax.training.loop import Run, noting_sigterm, train
 from mmjax.training.metrics import Journal
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.trainable import select, shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -141,6 +145,11 @@ def _check_stages(recipe: Recipe, model: Model) -> None:
         make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
         if stage.template:
             templates.get(stage.template, model.tokenizer, recipe.model.system)
+        if stage.objective == "contrastive" and not (model.config.connector and model.config.connector.contrast_width):
+            raise UserError(
+                f"{key}.objective is 'contrastive', but the connector has no heads for it: give model.connector.contrast_width "
+                "(a Q-Former's; 256 in BLIP-2)."
+            )
         if stage.objective == "language":
             require_positions(model.config.language, stage.length)
         if stage.cache_features and any(path.startswith("vision/") for path in selection.leaves):
@@ -156,7 +165,8 @@ def _pipelines(
     picture = workdir / f"first_batch_{name}.png"
     if jax.process_index() == 0 and not picture.exists():
         batch, _ = next(iter(training.batches(0, 1)))
-        drawing.first_batch(picture, batch, functools.partial(_decode, model), model.config.tokens_per_tile)
+        tokenizer = model.connector_tokenizer if stage.objective == "contrastive" else model.tokenizer
+        drawing.first_batch(picture, batch, functools.partial(_decode, tokenizer), model.config.tokens_per_tile)
     if not stage.validation.every:
         return training, None
     held_out = dataclasses.replace(
@@ -170,6 +180,8 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
     if processor is not None and processor.tiling is not None and not stage.tiled:
         processor = dataclasses.replace(processor, tiling=None, aspect=recipe.model.image.aspect)
         model = dataclasses.replace(model, image_processor=processor)
+    if stage.objective == "contrastive":
+        encoder = dataclasses.replace(model.encoder(), beside=model.text_beside(stage.length))
     if stage.objective == "language":
         encoder = model.encoder(stage.length)
         if stage.template:
@@ -205,9 +217,9 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
     )
 
 
-def _decode(model: Model, ids: list[int]) -> str:
-    assert model.tokenizer is not None
-    return str(model.tokenizer.decode(ids))
+def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> str:
+    assert tokenizer is not None
+    return str(tokenizer.decode(ids))
 
 
 def _count(params: dict) -> int:

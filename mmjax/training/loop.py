@@ -149,7 +149,8 @@ def train_stage(
         for item in pipeline.skipped:
             skipped.write(name, 0, dataclasses.asdict(item))
     board = Board(run.workdir / "tensorboard", name, start + 1) if run.recipe.logging.tensorboard else None
-    cost = flops.training_flops(config, selection, stage.objective)
+    beside = stage.length if stage.objective == "contrastive" else run.recipe.model.connector.text_length
+    cost = flops.training_flops(config, selection, stage.objective, beside)
     speed = Speed(cost, not stage.cache_features, window=max(RATE_STEPS, run.recipe.logging.every))
     clock = Clock(start, steps)
 
@@ -170,6 +171,7 @@ def train_stage(
             "gradient_norm": float(values.gradient_norm),
             "learning_rate": float(values.learning_rate),
             "epoch": info.epoch,
+            **{f"loss_{part}": float(value) for part, value in values.parts.items()},
             **speed.read(),
         }
         if validate:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Batch
-from mmjax.models import multimodal
+from mmjax.models import image_text, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.experts import balance_loss
 from mmjax.tree import Params
@@ -62,12 +62,37 @@ def classification_loss(
     return (_nll(logits, classes, smoothing) * (classes >= 0)).sum(-1)
 
 
+def image_text_loss(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """A Q-Former's first stage (mmjax.models.image_text) on all pictures of the batch and the texts beside them, over all devices:
+    the sum of its losses times the pairs, in equal parts, float32 [groups]; and each loss, times the pairs.
+
+    key   draws the hard negatives
+    """
+    assert config.connector is not None and batch.connector_tokens is not None
+    features = batch.features
+    if features is None:
+        features = multimodal.vision_features(params, config, batch.images, run)
+    flat = jnp.asarray(features, run.dtype).reshape(-1, *features.shape[2:])
+    text = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in (batch.connector_tokens, batch.connector_segments))
+    losses = image_text.stage1_losses(
+        params["connector"], config.connector, flat, *text, key, adapters=config.adapters, run=run
+    )
+    weighted = {name: loss * total_weight(batch) for name, loss in losses.items()}
+    total = weighted.pop("loss")
+    groups = len(features)
+    return jnp.full(groups, total / groups), weighted
+
+
 def total_weight(batch: Batch) -> jax.Array:
-    """What the summed losses are divided by: supervised positions (by their weights), or classified tiles."""
+    """What the summed losses are divided by: supervised positions (by their weights), classified tiles, or pictures with a text."""
     if batch.weights is not None:
         return jnp.asarray(batch.weights, jnp.float32).sum()
-    assert batch.classes is not None
-    return (jnp.asarray(batch.classes) >= 0).sum().astype(jnp.float32)
+    if batch.classes is not None:
+        return (jnp.asarray(batch.classes) >= 0).sum().astype(jnp.float32)
+    assert batch.connector_segments is not None
+    return (jnp.asarray(batch.connector_segments) > 0).any(-1).sum().astype(jnp.float32)
 
 
 def cross_entropy(

@@ -142,8 +142,9 @@ def format_line(stage: str, step: int, steps: int, values: Mapping[str, Any], se
     """The line of the log for a step."""
     words = [f"{stage} {step}/{steps}"]
     if "loss" in values:
+        parts = [f"{name[5:]} {value:.3f}" for name, value in values.items() if name.startswith("loss_")]
         words.append(
-            f"loss {values['loss']:.4f}  grad {values['gradient_norm']:.3g}  lr {values['learning_rate']:.3g}  "
+            f"loss {values['loss']:.4f}{' (' + ', '.join(parts) + ')' if parts else ''}  grad {values['gradient_norm']:.3g}  lr {values['learning_rate']:.3g}  "
             f"{values['tokens_per_second']:,.0f} tok/s  {values['samples_per_second']:,.1f} samples/s  "
             f"padding {values['padding']:.1%}  loader {values['loader_wait']:.1%}  {values['peak_memory'] / 2**30:.2f} GiB"
         )

@@ -14,7 +14,7 @@ from mmjax.batch import Batch
 from mmjax.config import Stage
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.parallel.mesh import DATA_AXES, data_shards
-from mmjax.training.loss import classification_loss, language_loss, total_weight
+from mmjax.training.loss import classification_loss, image_text_loss, language_loss, total_weight
 from mmjax.training.optimizer import Schedule
 from mmjax.training.state import State
 from mmjax.training.trainable import Selection, join
@@ -32,6 +32,7 @@ class StepMetrics:
     learning_rate  []
     finite         bool []; where it is false the step changed nothing
     losses         [rows] (or [groups] for classification) summed losses, to name the sample that broke
+    parts          the losses that `loss` is the sum of, where there are several: name -> []
     """
 
     loss: jax.Array
@@ -40,9 +41,11 @@ class StepMetrics:
     learning_rate: jax.Array
     finite: jax.Array
     losses: jax.Array
+    parts: dict[str, jax.Array]
 
 
 TrainStep = Callable[[State, Params, Batch], tuple[State, StepMetrics]]
+Losses = tuple[jax.Array, dict[str, jax.Array]]
 EvalStep = Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]
 
 
@@ -68,32 +71,34 @@ def make_train_step(
     shards, accumulate = data_shards(mesh), stage.accumulate
     weigh = _losses(config, stage, mesh)
     dropout = stage.dropout > 0 or any(adapter.dropout > 0 for adapter in config.adapters)
+    random = dropout or stage.objective == "contrastive"
 
     def summed_loss(
         trainable: Params, frozen: Params, batch: Batch, key: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        losses = weigh(join(trainable, frozen, selection), batch, key)
-        return losses.sum(), losses
+    ) -> tuple[jax.Array, Losses]:
+        losses, parts = weigh(join(trainable, frozen, selection), batch, key)
+        return losses.sum(), (losses, parts)
 
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
 
     def train_step(state: State, frozen: Params, batch: Batch) -> tuple[State, StepMetrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step) if dropout else None
+        key = jax.random.fold_in(jax.random.key(seed), state.step) if random else None
         if accumulate == 1:
-            (loss, losses), gradients = gradient(state.trainable, frozen, batch, key)
+            (loss, (losses, parts)), gradients = gradient(state.trainable, frozen, batch, key)
         else:
 
             def add(total: tuple[jax.Array, Params], inputs: tuple[jax.Array, Batch]):
                 i, micro = inputs
                 micro_key = jax.random.fold_in(key, i) if key is not None else None
-                (loss, losses), gradients = gradient(state.trainable, frozen, micro, micro_key)
-                return jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), total, (loss, gradients)), losses
+                (loss, found), gradients = gradient(state.trainable, frozen, micro, micro_key)
+                return jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), total, (loss, gradients)), found
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
             micro_batches = jax.tree.map(lambda leaf: _cut(leaf, accumulate, shards, mesh), batch)
-            (loss, gradients), losses = jax.lax.scan(
+            (loss, gradients), (losses, parts) = jax.lax.scan(
                 add, (jnp.float32(0), zeros), (jnp.arange(accumulate), micro_batches)
             )
+            parts = jax.tree.map(lambda part: part.sum(0), parts)
             losses = losses.reshape(accumulate, shards, -1).swapaxes(0, 1).reshape(-1)
 
         weight = total_weight(batch)
@@ -112,7 +117,8 @@ def make_train_step(
             (state.trainable, state.optimizer),
         )
         losses = jax.lax.with_sharding_constraint(losses, NamedSharding(mesh, PartitionSpec(DATA_AXES)))
-        metrics = StepMetrics(loss, weight, norm, schedule(state.step), finite, losses)
+        parts = jax.tree.map(lambda part: part * scale, parts)
+        metrics = StepMetrics(loss, weight, norm, schedule(state.step), finite, losses, parts)
         return State(state.step + 1, trainable, moments), metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
@@ -121,28 +127,41 @@ def make_train_step(
 def make_eval_step(config: ModelConfig, stage: Stage, selection: Selection, mesh: Mesh) -> EvalStep:
     """step(trainable, frozen, batch) -> (summed loss, weight), without dropout, label smoothing and the balance of experts."""
     weigh = _losses(config, dataclasses.replace(stage, label_smoothing=0.0, router_loss=0.0), mesh)
+    drawn = stage.objective == "contrastive"  # hard negatives, the same ones at every validation
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return weigh(join(trainable, frozen, selection), batch, None).sum(), total_weight(batch)
+        losses, _ = weigh(join(trainable, frozen, selection), batch, jax.random.key(0) if drawn else None)
+        return losses.sum(), total_weight(batch)
 
     return jax.jit(eval_step)
 
 
-def _losses(config: ModelConfig, stage: Stage, mesh: Mesh) -> Callable[[Params, Batch, jax.Array | None], jax.Array]:
+def _losses(config: ModelConfig, stage: Stage, mesh: Mesh) -> Callable[[Params, Batch, jax.Array | None], Losses]:
+    """The stage's losses, summed over each row or group, and their parts."""
     run, smoothing = execution(stage, mesh), stage.label_smoothing
-    if stage.objective == "classify":
-        return lambda params, batch, key: classification_loss(params, config, batch, run, smoothing=smoothing)
-    return lambda params, batch, key: language_loss(
-        params,
-        config,
-        batch,
-        run,
-        groups=data_shards(mesh),
-        smoothing=smoothing,
-        router_loss=stage.router_loss,
-        dropout=stage.dropout,
-        dropout_key=key,
-    )
+
+    def contrastive(params: Params, batch: Batch, key: jax.Array | None) -> Losses:
+        assert key is not None
+        return image_text_loss(params, config, batch, run, key)
+
+    def classify(params: Params, batch: Batch, key: jax.Array | None) -> Losses:
+        return classification_loss(params, config, batch, run, smoothing=smoothing), {}
+
+    def language(params: Params, batch: Batch, key: jax.Array | None) -> Losses:
+        losses = language_loss(
+            params,
+            config,
+            batch,
+            run,
+            groups=data_shards(mesh),
+            smoothing=smoothing,
+            router_loss=stage.router_loss,
+            dropout=stage.dropout,
+            dropout_key=key,
+        )
+        return losses, {}
+
+    return {"contrastive": contrastive, "classify": classify, "language": language}[stage.objective]
 
 
 def _cut(leaf: jax.Array, accumulate: int, shards: int, mesh: Mesh) -> jax.Array:

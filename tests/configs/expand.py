@@ -24,6 +24,9 @@ ARGUMENTS = {
     "moondream": ("", "v2"),
     "doubutsu": ("", "concat", "pooled", "tiles", "token"),
     "continue_from_hf": ("", "full"),
+    "blip2": ("", "flan_t5_xl"),
+    "instructblip": ("", "flan_t5_xl"),
+    "minigpt4": ("", "llama2_7b"),
 }
 
 

@@ -24,15 +24,18 @@ BEGIN, END = "<!-- recipes: begin -->\n", "<!-- recipes: end -->\n"
 LLAVA = "transformers and LLaVA's own code"
 VERIFIED: dict[str, str] = {
     "anymal": "an open code base's resampler, recorded; transformers (encoder, LLM)",
+    "blip2": "transformers, LAVIS's code, recorded",
     "continue_from_hf": "the family it continues",
     "doubutsu": "doubutsu's code, recorded",
     "gemma3": "transformers",
     "git": "transformers",
     "paligemma": "transformers",
     "flickr8k": "transformers (encoder, LLM)",
+    "instructblip": "transformers",
     "llava15": LLAVA,
     "llava_next": LLAVA,
     "llava_v1": LLAVA,
+    "minigpt4": "transformers and LAVIS's code (its parts); MiniGPT-4's labels, recorded",
     "moondream": "moondream's code, recorded",
     "quickstart": "transformers (the export)",
     "vila": "VILA's code, recorded",

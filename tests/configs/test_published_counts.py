@@ -79,6 +79,35 @@ def test_anymals_adapters():
     assert found["instruct"] - found["align"] == 32 * 64 * linears == 159_907_840
 
 
+def qformer(text: bool, heads: bool) -> int:
+    """BERT-base with cross-attention to 1,408 channels in every second layer and a second feed-forward for text
+    (LAVIS, lavis/models/blip2_models/Qformer.py), 32 queries, and the heads of BLIP-2's first stage (blip2_qformer.py)."""
+    width, mlp, channels, words, norm = 768, 3072, 1408, 30523, 2 * 768
+    square = width * width + width
+    feed_forward = width * mlp + mlp + mlp * width + width + norm
+    crossing = 2 * square + 2 * (channels * width + width) + norm
+    found = 12 * (4 * square + norm + feed_forward * (1 + text)) + 6 * crossing + norm + 32 * width
+    found += text * (words + 512) * width
+    return found + heads * (2 * (width * 256 + 256) + 1 + 2 * width + 2 + square + norm + words)
+
+
+def test_q_formers():
+    """The paper says 188M of the Q-Former (arXiv 2301.12597, section 3.1): that is all of it, with every head and the Linear in front
+    of OPT-2.7B; the first stage trains all but that Linear, and the norm behind the encoder."""
+    behind, linear = 2 * 1408, (768 + 1) * 2560
+    found = trained("blip2", "")
+    assert found["represent"] == qformer(True, True) + behind == 186_705_470
+    assert qformer(True, True) + linear == 188_671_294
+    assert found["generate"] == qformer(False, False) + linear + behind == 107_133_696
+    assert trained("instructblip", "")["instruct"] == qformer(True, False) + (768 + 1) * 4096
+
+
+@pytest.mark.parametrize("llm, count", [("", (768 + 1) * 4096), ("vicuna_13b", (768 + 1) * 5120), ("llama2_7b", (4 * 1408 + 1) * 4096)])
+def test_minigpt4s_linear(llm, count):
+    """llama_proj alone (Vision-CAIR/MiniGPT-4 d94738a, minigpt4/models/minigpt4.py); over four joined states for Llama 2."""
+    assert trained("minigpt4", llm) == {"pretrain": count, "align": count}
+
+
 def test_doubutsus_and_moondreams_connectors():
     """doubutsu: Linear(1152, 1536), GELU, Linear(1536, 1536) (qrsch/doubutsu 5192502); its LoRA has rank 128 (its README).
     moondream 1: mlp1 1152 -> 8192 -> 2048, a norm, mlp2 2048 -> 8192 -> 2048 (vikhyat/moondream d5fa2f9)."""

@@ -15,7 +15,8 @@ VARIANTS = expand.variants()
 SIZES_STEPS_DATA = re.compile(
     r"name"
     r"|model\.path|model\.(llm|vision)\.path|model\.image\.(size|overlap)"
-    r"|model\.connector\.(path|hidden_width|squeeze_width|pooled_tokens|depth|latents|heads|head_dim|grid)"
+    r"|model\.connector\.(path|bert|tokenizer|hidden_width|squeeze_width|pooled_tokens|depth|latents|heads|head_dim|grid)"
+    r"|model\.connector\.(text_vocab|text_positions|text_length|contrast_width)"
     r"|model\.tokenizer\.(path|vocab_size|min_frequency)"
     r"|model\.adapters\.\w+\.(rank|alpha)"
     r"|stages\.\w+\.(steps|epochs|rows|length|answer_length|tiles|accumulate)"
