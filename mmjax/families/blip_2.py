@@ -144,15 +144,23 @@ def _copies(config: ModelConfig, foreign: Config) -> dict[str, str]:
 
 
 def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
-    """The batch of foreign inputs. Without positions a position of a decoder-only model is what its family makes of padding."""
+    """The batch of foreign inputs. Padding between pictures and text keeps its tokens: the first label behind it is predicted from it."""
     if config.language.encoder is not None:
         rows = t5.teaching(config, _text(foreign), inputs, _placeholder(foreign))
     else:
-        ids = inputs.get("input_ids", np.zeros((0, 0), int))
-        counted = parts.language(_text(foreign), "text_config").outputs is language.counted_outputs
-        slots = {} if counted else {"position_ids": np.broadcast_to(np.arange(ids.shape[-1]), ids.shape)}
-        rows = language.text_batch(config, {**slots, **inputs}, _placeholder(foreign))
+        rows = _padded(config, foreign, inputs)
     return _instructed(config, llava.spliced(config, rows, inputs), inputs)
+
+
+def _padded(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+    """Rows of a decoder-only model. Without positions they are slots, or what is real is counted (OPT) and padding stands before it."""
+    ids = inputs.get("input_ids", np.zeros((0, 0), int))
+    counted = parts.language(_text(foreign), "text_config").outputs is language.counted_outputs
+    slots = {} if counted else {"position_ids": np.broadcast_to(np.arange(ids.shape[-1]), ids.shape)}
+    rows = language.text_batch(config, {**slots, **inputs}, _placeholder(foreign))
+    tokens = np.where(rows.media >= 0, 0, np.clip(ids, 0, config.language.vocab_size - 1))
+    positions = np.where((rows.segments == 0) & ("position_ids" not in inputs) & counted, -1, rows.positions)
+    return dataclasses.replace(rows, tokens=tokens.astype(np.int32), positions=positions.astype(np.int32))
 
 
 def prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
@@ -221,8 +229,8 @@ def _run(params: Params, rows: Batch, *, config: ModelConfig, run: Execution, st
         found["qformer_output"] = qformer.read(*own, features, beside, config.adapters, run).states
         found["connector_output"] = qformer.project(*own, found["qformer_output"], config.adapters)
         media = found["connector_output"][None]
-        return {**found, **language.decoded_outputs(params, config, rows, run, states, media)}
-    return language.decoded_outputs(params, config, rows, run, states)
+        return {**found, **language.decoded_outputs(params, config, rows, run, states, media, padding_sees=True)}
+    return language.decoded_outputs(params, config, rows, run, states, padding_sees=True)
 
 
 def _family(kind: str, about: str, inputs: tuple[str, ...]) -> Family:

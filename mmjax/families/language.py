@@ -129,16 +129,22 @@ def run_language(
 
 
 def decoded_outputs(
-    params: Params, config: ModelConfig, batch: Batch, run: Execution, states: bool, media: jax.Array | None = None
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    run: Execution,
+    states: bool,
+    media: jax.Array | None = None,
+    padding_sees: bool = False,
 ) -> dict[str, jax.Array]:
     """The LLM's share of `run_language`; `media` [groups, tiles, tokens, LLM width] are the media tokens. Of an encoder-decoder also
-    `encoder_last_hidden_state`."""
+    `encoder_last_hidden_state`. With `padding_sees` it sees what is real, which matters where it predicts a label."""
     assert config.llm is not None
     found: dict[str, jax.Array] = {}
     reading = multimodal.read(params, config, batch, run, media)
     if reading.encoded is not None:
         found["encoder_last_hidden_state"] = reading.encoded.last
-    decoded = multimodal.decode_reading(params, config, reading, run, return_states=states)
+    decoded = multimodal.decode_reading(params, config, reading, run, padding_sees, return_states=states)
     logits = decoder.head(params["llm"], config.llm, decoded.last)
     found.update(inputs_embeds=reading.x, logits=logits, last_hidden_state=decoded.last)
     found.update(loss(logits, batch))

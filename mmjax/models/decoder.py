@@ -157,12 +157,14 @@ def decode(
 
     segments, positions: int [rows, length] as in mmjax.batch.Batch; token_types: int [rows, length], 0 where not given; is_media:
     bool [rows, length], needed with `media_as_they_are`. With a cache the new keys are written at its next slots (the same for all
-    rows: prompts are padded on the left) and attention runs over all slots; what is in it already is in nobody's span. Without a
+    rows: prompts are padded on the left) and attention runs over all slots; what is in it already is in nobody's span. Where the
+    mask has query_segments, they say what a position sees in place of `segments` (padding that looks at what is real). Without a
     `dropout_key` nothing is dropped, in blocks or adapters.
     """
     period = ports.period(plugs, len(config.windows), config.layers)
     turns = _rotations(config, positions)
-    mask = dataclasses.replace(mask, causal=config.causal, query_segments=segments, key_segments=segments)
+    sees = segments if mask.query_segments is None else mask.query_segments
+    mask = dataclasses.replace(mask, causal=config.causal, query_segments=sees, key_segments=segments)
     slot: Any = 0
     if cache is not None:
         slot = cache.next

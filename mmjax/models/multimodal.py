@@ -222,8 +222,11 @@ def positions_within(segments: jax.Array) -> jax.Array:
     return counted - jax.lax.cummax(jnp.where(segments > before, counted, 0), 1)
 
 
-def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: Execution, **settings: Any) -> decoder.Decoded:
-    """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode."""
+def decode_reading(
+    params: Params, config: ModelConfig, reading: Reading, run: Execution, padding_sees: bool = False, **settings: Any
+) -> decoder.Decoded:
+    """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode. With `padding_sees` it sees what is real, as in
+    transformers; otherwise it sees nothing."""
     llm, plugs = params["llm"], tuple[ports.Plug, ...]()
     if config.cross_attention is not None:
         plugs = (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
@@ -235,7 +238,12 @@ def decode_reading(params: Params, config: ModelConfig, reading: Reading, run: E
         reading.x,
         segments=reading.segments,
         positions=reading.positions,
-        mask=Mask(query_spans=reading.spans, key_spans=reading.spans, windowed_spans=config.mask == "media"),
+        mask=Mask(
+            query_spans=reading.spans,
+            key_spans=reading.spans,
+            windowed_spans=config.mask == "media",
+            query_segments=jnp.ones_like(reading.segments) if padding_sees else None,
+        ),
         memory=reading.memory,
         is_media=reading.is_media,
         run=run,

@@ -80,7 +80,6 @@ def inputs(
     images = sum(images_per_row)
     given["pixel_values"] = rng.standard_normal((images, 3, SIDE, SIDE)).astype(np.float32)
     labels = np.where((given["attention_mask"] == 1) & (given["input_ids"] != PLACEHOLDER), given["input_ids"], -100)
-    labels[:, 1:][given["attention_mask"][:, :-1] == 0] = -100  # nothing is predicted from padding
     if encoder_decoder:
         labels = rng.integers(3, 90, (len(ids), 4))
         labels[0, 2:] = -100
