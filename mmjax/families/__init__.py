@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmjax.families import (
     bert,
     blip_2,
+    blip_2_retrieval,
     clip,
     composed,
     doubutsu,
@@ -40,6 +41,7 @@ FAMILIES = (
     internvl.FAMILY,
     blip_2.BLIP_2,
     blip_2.INSTRUCTBLIP,
+    blip_2_retrieval.FAMILY,
     lavis.FAMILY,
     minigpt4.FAMILY,
     clip.FAMILY,

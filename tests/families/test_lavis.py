@@ -110,6 +110,29 @@ def test_retrieval_and_matching_equal_transformers(pair):
     np.testing.assert_allclose(np.asarray(found["itm_logits"]), matched, atol=2e-5)
 
 
+@pytest.mark.parametrize("placeholder", [None, 5])
+def test_transformers_own_layout(pair, tmp_path, placeholder):
+    theirs, _ = pair
+    theirs.config.image_token_index = placeholder
+    theirs.save_pretrained(tmp_path)
+    ours, inputs = mmjax.load(tmp_path), given()
+    inputs["pixel_values"] = inputs.pop("image")
+    if placeholder:
+        front = np.ones((3, QUERIES), int)
+        inputs["input_ids"] = np.concatenate([placeholder * front, inputs["input_ids"]], 1)
+        inputs["attention_mask"] = np.concatenate([front, inputs["attention_mask"]], 1)
+    tensors = {name: torch.tensor(value) for name, value in inputs.items()}
+    for matching in (False, True):
+        with torch.no_grad():
+            reference = theirs(**tensors, use_image_text_matching_head=matching)
+        found = ours({**inputs, "use_image_text_matching_head": matching})
+        for name in ("logits_per_image", "logits_per_text") + ("image_embeds", "text_embeds") * (not matching):
+            np.testing.assert_allclose(found[name], reference[name].numpy(), atol=2e-5, err_msg=name)
+    ours.save_pretrained(tmp_path / "again")
+    again = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "again").eval()
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in theirs.state_dict().items())
+
+
 def test_what_is_written_is_read_back(pair, tmp_path):
     _, directory = pair
     ours = mmjax.load(directory)
