@@ -24,11 +24,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from mmjax import tree
 from mmjax.assembly import model_config
 from mmjax.config import Evaluation, Mesh, Optimizer, Part, Recipe, Source, Stage, from_config_dict
 from mmjax.config_parsing import to_dict
+from mmjax.data import templates
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
 from mmjax.preprocessing import read_tokenizer
@@ -39,7 +41,7 @@ NOT_SYSTEMS = ("continue_from_hf", "flickr8k", "gallery_base", "quickstart")
 SAMPLES = 8_000  # captions a recipe is trained on, over all stages
 ROWS, IN_ROW = 4, 6  # rows of a step, and captions that a row has room for
 JOINED = 3  # photographs with their captions in one document
-TEXT = 32  # tokens of a caption and what its template puts around it
+TEXT = 40  # tokens of a caption and what its template puts around it
 RATE = 3e-3
 SIZE = 160  # side of the pictures; those of Flickr8k are stored at this size
 HELD_OUT = 500
@@ -88,10 +90,16 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
     full = from_config_dict(expand.config(name, argument))
     small = from_config_dict(expand.config(name, f"{argument},tiny"))
     parts = {"llm": _llm(full, small, chosen.llm), "vision": Part(path=str(chosen.vision))}
-    seen = {"feature_layers": (-1,), "post_norm": False, "keep_class_token": False, "image": dataclasses.replace(small.model.image, size=SIZE)}
+    seen: dict[str, Any] = {"feature_layers": (-1,), "post_norm": False, "keep_class_token": False}
+    seen["image"] = dataclasses.replace(small.model.image, size=SIZE)
     connector = small.model.connector
-    if connector.text_vocab and parts["llm"].path:  # one word more than the tokenizer that it reads with
-        connector = dataclasses.replace(connector, text_vocab=len(read_tokenizer(chosen.llm)) + 1)
+    if parts["llm"].path:  # its tokenizer does not know the template's marks
+        tokenizer = read_tokenizer(chosen.llm)
+        named = {small.model.template, *(stage.template for stage in small.stages.values())} - {""}
+        marks = [mark for template in named for mark in templates.markers(template) if not templates.is_token(tokenizer, mark)]
+        seen["new_tokens"] = tuple(dict.fromkeys([*small.model.new_tokens, *sorted(marks)]))
+        if connector.text_vocab:  # one word more than the tokenizer that it reads with
+            connector = dataclasses.replace(connector, text_vocab=len(tokenizer) + 1)
     model = dataclasses.replace(small.model, **parts, **seen, connector=connector, system="", dtype="float32")
     recipe = dataclasses.replace(small, model=model, mesh=Mesh(cpu_devices=2))
     config = model_config(recipe)
@@ -175,11 +183,15 @@ def _stage(
     published = recipe.model.connector.kind == "qformer"  # of which there is no small one: it is trained as a whole
     globs = [*small.trainable, *(["connector/**"] if published and small.objective == "language" else [])]
     there = [glob for glob in globs if any(tree.matches(path, glob) for path in leaves)]
-    rows, in_row = (max(ROWS, small.accumulate * 2), IN_ROW) if small.packing else (max(ROWS, small.accumulate * 2) * IN_ROW, 1)
+    sources = {key: _source(source, data, small.template or recipe.model.template) for key, source in full.sources.items()}
+    rows, in_row = max(ROWS, small.accumulate * 2), IN_ROW
+    if not small.packing:
+        in_row = max(1, *(source.join for source in sources.values()))
+        rows *= IN_ROW // in_row
     return dataclasses.replace(
         small,
         trainable=tuple(there),
-        sources={key: _source(source, data, small.template or recipe.model.template) for key, source in full.sources.items()},
+        sources=sources,
         validation=dataclasses.replace(small.validation, sources={}, every=0),
         steps=max(1, samples // (rows * in_row)),
         rows=rows,
