@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -66,7 +67,8 @@ def main(arguments: list[str]) -> int:
     rows = []
     for name in names:
         workdir = chosen.out / re.sub(r"[:,=]", "_", name)
-        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(workdir, ignore_errors=True)
+        workdir.mkdir(parents=True)
         settings = [f"--{key}={getattr(chosen, key)}" for key in ("llm", "vision", "data", "samples")]
         command = [sys.executable, "-m", "tests.gallery", name, "--alone", f"--out={workdir}", *settings]
         began = time.perf_counter()
@@ -214,7 +216,7 @@ def _optimizer(published: Optimizer, trained: list[str]) -> Optimizer:
 def _source(source: Source, data: Path, template: str) -> Source:
     if not source.images and source.kind not in DOCUMENTS:
         return _captions(data, "train", "train", template, shown="words")
-    join = JOINED if source.kind in DOCUMENTS or source.join else 0
+    join = JOINED if source.kind in DOCUMENTS or source.join > 1 else 1
     kept = {"weight": source.weight, "loss_weight": source.loss_weight, "join": join}
     return dataclasses.replace(_captions(data, "train", "train", template), **kept)
 
