@@ -7,9 +7,9 @@
 A recipe runs through all of its own stages. What is changed beside sizes: its language model is the base's and its encoder
 MobileNetV2, trained on ImageNet and frozen throughout (its features from the last layer are computed once), and a language model that a
 recipe begins from nothing is as large as the base's; its data are Flickr8k's captions (documents of several pictures where it reads
-interleaved documents, the captions alone where it reads text); its learning rates suit small models; its
-system message is empty. Then it describes 500
-held-out photographs, the same with the photographs shuffled among them, and without any.
+interleaved documents, the captions alone where it reads text); its learning rates suit small models; its system message is empty; and a
+Q-Former is trained as a whole where a recipe begins from a published one. Then it describes 500 held-out photographs, the same with the
+photographs shuffled among them, and without any.
 """
 
 from __future__ import annotations
