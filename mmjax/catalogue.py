@@ -44,6 +44,18 @@ def _llama(path: str, **fields: Any) -> Part:
 
 # Llama 1 and 2 and what was tuned from them: the same shapes but for the length and the norms' epsilon.
 _FIRST: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
+LLAMA1 = {
+    "7b": _llama("huggyllama/llama-7b", **_FIRST),
+    "65b": _llama(
+        "huggyllama/llama-65b",
+        max_position_embeddings=2048,
+        hidden_size=8192,
+        intermediate_size=22016,
+        num_hidden_layers=80,
+        num_attention_heads=64,
+        num_key_value_heads=64,
+    ),
+}
 VICUNA_V13 = {
     "7b": _llama("lmsys/vicuna-7b-v1.3", **_FIRST),
     "13b": _llama("lmsys/vicuna-13b-v1.3", **_FIRST, **_LLAMA_13B),
@@ -204,6 +216,20 @@ EVA_G = Part(
 )
 
 
+MPT_7B = Part(
+    "mosaicml/mpt-7b",
+    {
+        "model_type": "mpt",
+        "vocab_size": 50432,
+        "d_model": 4096,
+        "n_heads": 32,
+        "n_layers": 32,
+        "max_seq_len": 2048,
+        "attn_config": {"alibi": True},
+    },
+)
+
+
 def _clip_l(path: str, image_size: int) -> Part:
     return Part(
         path,
@@ -238,6 +264,21 @@ CLIP_B_16 = Part(
     },
 )
 CLIP_L_224 = _clip_l("openai/clip-vit-large-patch14", 224)
+CLIP_H_224 = Part(
+    "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    {
+        "model_type": "clip_vision_model",
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 16,
+        "image_size": 224,
+        "patch_size": 14,
+        "projection_dim": 1024,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+    },
+)
 CLIP_L_336 = _clip_l("openai/clip-vit-large-patch14-336", 336)
 SIGLIP_SO400M_384 = Part(
     "google/siglip-so400m-patch14-384",

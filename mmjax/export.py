@@ -17,7 +17,7 @@ from mmjax import tree
 from mmjax.checkpoints import peft, safetensors
 from mmjax.data.tiling import AnyRes, DynamicTiles
 from mmjax.errors import UserError
-from mmjax.families import composed, internvl, keys, llava, llava_llama, llava_next
+from mmjax.families import composed, idefics, internvl, keys, llava, llava_llama, llava_next, open_flamingo
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
@@ -146,6 +146,8 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
     if layout not in ("", *LAYOUTS):
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
     whole = model.config.connector is not None
+    if model.config.cross_attention is not None:
+        return _between_blocks(model, layout)
     if not whole or (not layout and model.family is not composed.FAMILY):
         if layout in ("original", "mmjax"):
             raise UserError(f"layout {layout!r} is for models with a connector")
@@ -186,6 +188,35 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
         }
     before = {name: model.foreign[name] for name in ("image_token_index",) if model.foreign.get(name) is not None}
     return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before, **canvases}
+
+
+def _between_blocks(model: Model, layout: str) -> tuple[Family, Config]:
+    """The same for a model that reads media between its blocks: transformers' layout is IDEFICS', the original one OpenFlamingo's."""
+    if model.family is not composed.FAMILY:
+        own = "hf" if model.family is idefics.FAMILY else "original"
+        if layout not in ("", own):
+            raise UserError(f"a {model.family.model_types[0]} is written in its own layout ({own!r}), not in {layout!r}")
+        return model.family, model.foreign
+    text, image = _part_configs(model)
+    config, id = model.config, model.foreign.get("image_token_index")
+    if not _only_beyond(config):
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.language, new_rows=(), beyond=0))
+    why = idefics.expressible(config, text, image)
+    if layout == "hf" and why:
+        raise UserError(f"the model does not fit transformers' IDEFICS: {why}")
+    if layout == "hf" or (not layout and not why):
+        return idefics.FAMILY, idefics.joined(text, image)
+    if layout == "original":
+        return open_flamingo.FAMILY, {
+            "model_type": "openflamingo",
+            "text_config": text,
+            "vision_config": image,
+            **({"media_token_id": id} if id is not None else {}),
+        }
+    if not layout:
+        log.info("it is written in mmjax's own layout, since IDEFICS' cannot hold it: %s", why)
+    ids = {"image_token_index": id} if id is not None else {}
+    return composed.FAMILY, {"model_type": "mmjax", "text_config": text, "vision_config": image, **ids}
 
 
 def _hf(model: Model, text: Config, image: Config) -> Family | str:

@@ -27,6 +27,9 @@ SIZES: dict[str, int] = {
     "d_ff": 64,
     "num_layers": 2,
     "num_heads": 4,
+    "n_heads": 4,
+    "n_layers": 2,
+    "max_seq_len": 512,
 }
 """Fields of a config.json that are sizes, and their tiny values. Those a config does not have are not added. 6 x 6 patches can
 be put together by 4 and by 9."""

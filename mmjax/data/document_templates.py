@@ -6,20 +6,28 @@ In a document, what the others call an answer is the whole text. The tokenizer's
 
 from __future__ import annotations
 
-# `told` is whether there is a user: a conversation, not a document. `ns` goes from part to part.
+# `ns` goes from part to part.
 _START = (
     "{%- if system -%}{{ system }}{%- endif -%}"
-    "{%- set told = turns | selectattr('role', 'equalto', 'user') | list | length > 0 -%}"
     "{%- set ns = namespace(text=false, seen=false, chunk=false, image=false) -%}"
 )
 _END = "{%- generation -%}{{ eos_token }}{%- endgeneration -%}"
+_ASKED = "{%- set told = turns | selectattr('role', 'equalto', 'user') | list | length > 0 -%}"
+_ASKED_IN_WORDS = (
+    "{%- set asked = namespace(words=false) -%}{%- for m in turns if m.role == 'user' -%}"
+    "{%- if m.content is string or m.content | selectattr('type', 'equalto', 'text') | list -%}{%- set asked.words = true -%}"
+    "{%- endif -%}{%- endfor -%}{%- set told = asked.words -%}"
+)
 
 
-def _rows(text: str, image: str, before: str = "", after: str = "", end: str = "", prompt: str = "") -> str:
+def _rows(
+    text: str, image: str, before: str = "", after: str = "", end: str = "", prompt: str = "", told: str = _ASKED
+) -> str:
     """A template's body: `before` and `after` each turn `m`, `text` and `image` for its parts `part`, `end` behind all turns, and
-    `prompt` where the model is to go on."""
+    `prompt` where the model is to go on; `told` sets whether this is a conversation (there is a user), not a document."""
     return (
         _START
+        + told
         + "{%- for m in turns -%}" + before
         + "{%- for part in ([{'type': 'text', 'text': m.content}] if m.content is string else m.content) -%}"
         + "{%- if part.type == 'image' -%}" + image + "{%- else -%}" + text + "{%- endif -%}{%- endfor -%}"
@@ -72,8 +80,10 @@ _OTTER = _rows(
     prompt="{{ ' GPT:<answer>' }}",
 )
 
-# IDEFICS (arXiv 2306.16527): every image between two marks, one mark between neighbours; turns end with <end_of_utterance>.
+# IDEFICS (arXiv 2306.16527): every image between two marks, one mark between neighbours; turns end with <end_of_utterance>. A user who
+# only shows a picture (a pair) makes no conversation.
 _IDEFICS = _rows(
+    told=_ASKED_IN_WORDS,
     before="{%- if told -%}{{ ('' if loop.first else '\\n') + ('User:' if m.role == 'user' else 'Assistant:') }}{%- endif -%}"
     "{%- set ns.image = false -%}{%- set ns.text = told -%}",
     text=_learned("(' ' if ns.text else '') + (part.text.strip(' ') if told else part.text)")
@@ -83,7 +93,7 @@ _IDEFICS = _rows(
     after="{%- if told and m.role == 'assistant' -%}{%- generation -%}{{ '<end_of_utterance>' }}{%- endgeneration -%}"
     "{%- elif told -%}{{ '<end_of_utterance>' }}{%- endif -%}",
     end="{%- if not told -%}" + _END + "{%- endif -%}",
-    prompt="{{ '\\nAssistant:' }}",
+    prompt="{%- if told -%}{{ '\\nAssistant:' }}{%- endif -%}",
 )
 
 # name: (body, default system text, stops, strings that must be tokens), as mmjax.data.templates has them

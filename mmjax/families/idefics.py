@@ -138,6 +138,26 @@ def _write(config: ModelConfig, base: Config) -> Config:
     return written
 
 
+def expressible(config: ModelConfig, text: Config, image: Config) -> str:
+    """Why this layout cannot hold a model with this text_config and vision_config; "" if it can."""
+    if text["model_type"] != "llama" or image["model_type"] != "clip_vision_model":
+        return f"it is a LLaMA and a CLIP tower, not {text['model_type']} and {image['model_type']}"
+    if config.cross_attention is None or not config.cross_attention.last_media_only:
+        return "its text sees the last picture before it"
+    try:
+        _write(config, joined(text, image))
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def joined(text: Config, image: Config) -> Config:
+    """A language model's and a CLIP tower's config in one: the config.json from which `write_config` makes its own."""
+    kept = {name: value for name, value in text.items() if name not in ("architectures", "model_type")}
+    tower = {name: value for name, value in image.items() if name not in ("architectures", "model_type", "projection_dim")}
+    return {**kept, "model_type": "idefics", "vision_config": tower}
+
+
 def _text_fields(llm: DecoderConfig, base: Config) -> Config:
     written = llama.write_decoder(llm, base, "idefics", "IdeficsForVisionText2Text")
     del written["num_key_value_heads"], written["head_dim"]

@@ -16,7 +16,7 @@ Params = dict[str, Any]
 def linears(params: Params, adapter: LoraConfig) -> list[str]:
     """Paths (without `/kernel`) of the Linears that an adapter's targets choose.
 
-    Raises ValueError for a target that chooses none.
+    Raises ValueError for a target that chooses none, and for dropout where there is none.
     """
     paths = [
         path.removesuffix("/kernel")
@@ -26,7 +26,10 @@ def linears(params: Params, adapter: LoraConfig) -> list[str]:
     for target in adapter.targets:
         if not any(tree.matches(path, target) for path in paths):
             raise ValueError(f"adapter {adapter.name!r}: target {target!r} matches no linear layer; there are {', '.join(paths)}")
-    return [path for path in paths if any(tree.matches(path, target) for target in adapter.targets)]
+    chosen = [path for path in paths if any(tree.matches(path, target) for target in adapter.targets)]
+    if adapter.dropout and (plugged := [path for path in chosen if path.startswith("llm/plugs/")]):
+        raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {', '.join(plugged)}")
+    return chosen
 
 
 def has_port(path: str) -> bool:

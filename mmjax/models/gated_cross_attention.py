@@ -50,10 +50,9 @@ class Media(NamedTuple):
 
     def repeated(self, times: int) -> Media:
         """Every row so many times, one after another."""
-        without: Any = dataclasses.replace(self.mask, offset=None)  # type: ignore[arg-type]
-        tokens, mask = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 0), (self.tokens, without))
+        tokens, mask = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 0) if jnp.ndim(leaf) else leaf, (self.tokens, self.mask))
         keys, values = jax.tree.map(lambda leaf: jnp.repeat(leaf, times, 1), (self.keys, self.values))
-        return Media(tokens, dataclasses.replace(mask, offset=0), keys, values)
+        return Media(tokens, mask, keys, values)
 
 
 def plug(

@@ -147,10 +147,15 @@ def embed(
     return jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x)
 
 
-def crossed_media(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> gated_cross_attention.Media | None:
-    """The media that the blocks' cross-attention reads, brought from the groups to the rows; None for a batch without media."""
-    tokens = encode_media(params, config, batch, run) if batch.row_media is not None else None
-    if tokens is None or config.cross_attention is None:
+def crossed_media(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, media: jax.Array | None = None
+) -> gated_cross_attention.Media | None:
+    """The media that the blocks' cross-attention reads, brought from the groups to the rows; None for a batch without media. `media`
+    as in `embed`."""
+    if config.cross_attention is None or batch.row_media is None:
+        return None
+    tokens = encode_media(params, config, batch, run) if media is None else media
+    if tokens is None:
         return None
     rows, count = batch.row_media.shape
     index = jnp.asarray(batch.row_media).reshape(len(tokens), -1, count)
@@ -202,7 +207,7 @@ def read(
     x = embed(params, config, batch, run, media)
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
-        crossed = crossed_media(params, config, batch, run)
+        crossed = crossed_media(params, config, batch, run, media)
         return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed)
     llm, leaves = config.language, params["llm"]
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}

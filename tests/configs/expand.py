@@ -15,6 +15,10 @@ from ml_collections import ConfigDict
 ROOT = Path(__file__).resolve().parents[2]
 EXPANDED = Path(__file__).parent / "expanded"
 ARGUMENTS = {
+    "flamingo": ("", "9b", "80b"),
+    "idefics": ("", "80b"),
+    "openflamingo": ("", "4b", "3b"),
+    "otter": ("", "llama"),
     "anymal": ("", "13b", "70b", "flamingo"),
     "git": ("", "large"),
     "llava15": ("", "13b", "lora"),

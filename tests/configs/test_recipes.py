@@ -17,6 +17,7 @@ SIZES_STEPS_DATA = re.compile(
     r"|model\.path|model\.(llm|vision)\.path|model\.image\.(size|overlap)"
     r"|model\.connector\.(path|bert|tokenizer|hidden_width|squeeze_width|pooled_tokens|depth|latents|heads|head_dim|grid)"
     r"|model\.connector\.(text_vocab|text_positions|text_length|contrast_width)"
+    r"|model\.cross_attention\.(every|first|heads|head_dim)"
     r"|model\.tokenizer\.(path|vocab_size|min_frequency)"
     r"|model\.adapters\.\w+\.(rank|alpha)"
     r"|stages\.\w+\.(steps|epochs|rows|length|answer_length|tiles|accumulate)"

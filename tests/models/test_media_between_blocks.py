@@ -176,6 +176,11 @@ def test_adapters_beside_the_plugs():
     np.testing.assert_allclose(found, states(adapters.merge_lora(opened, config), made), rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_beside_the_plugs_have_no_dropout():
+    with pytest.raises(ValueError, match="has dropout, which there is none of in plugs: llm/plugs/cross_attention"):
+        adapters.add_lora(jax.random.key(0), PARAMS, dataclasses.replace(CONFIG, adapters=(LoraConfig("d", 2, 4.0, ("llm/**",), 0.1),)))
+
+
 def test_plugs_have_places_of_their_own_in_the_scan():
     def plug(*layers):
         return ports.Plug("p", "before", layers, lambda params, x: x)
