@@ -232,7 +232,8 @@ def decode_reading(
 ) -> decoder.Decoded:
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode. With `padding_sees` it sees what is real, as in
     transformers; otherwise it sees nothing."""
-    llm, plugs = params["llm"], tuple[ports.Plug, ...]()
+    llm = params["llm"]
+    plugs: tuple[ports.Plug, ...] = ()
     if config.cross_attention is not None:
         plugs = (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
         leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)
