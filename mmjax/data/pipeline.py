@@ -251,6 +251,7 @@ class Pipeline:
         if self.encoder is None:
             raise UserError(f'the objective "{self.stage.objective}" needs a tokenizer')
         if self.stage.objective == "contrastive":
+            assert self.encoder.beside is not None
             return functools.partial(_paired, beside=self.encoder.beside, tiles=self.stage.tiles)
         return functools.partial(_encoded, encoder=self.encoder, tiles=self.stage.tiles)
 

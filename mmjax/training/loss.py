@@ -75,9 +75,9 @@ def image_text_loss(
     if features is None:
         features = multimodal.vision_features(params, config, batch.images, run)
     flat = jnp.asarray(features, run.dtype).reshape(-1, *features.shape[2:])
-    text = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in (batch.connector_tokens, batch.connector_segments))
+    tokens, segments = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in (batch.connector_tokens, batch.connector_segments))
     losses = image_text.stage1_losses(
-        params["connector"], config.connector, flat, *text, key, adapters=config.adapters, run=run
+        params["connector"], config.connector, flat, tokens, segments, key, adapters=config.adapters, run=run
     )
     weighted = {name: loss * total_weight(batch) for name, loss in losses.items()}
     total = weighted.pop("loss")
