@@ -42,13 +42,13 @@ def _read(config: Config, where: str) -> ModelConfig:
     tower = eva.read(Fields(fields.part("vision_config", "eva"), f"{where}: vision_config"))
     llm = llama.FAMILY.read_config(_llama(config), f"{where}: llama_config").llm
     assert llm is not None
-    shape = {"in_width": tower.feature_width, "out_width": llm.input_width}
+    widths = tower.feature_width, llm.input_width
     if fields.get("has_qformer", True):
         own = Fields(fields.part("qformer_config", "qformer"), f"{where}: qformer_config")
         positions = FEATURES.positions(tower)
-        connector = names.read(own, latents=fields.get("num_query_token", 32), positions=positions, text=False, **shape)
+        connector = names.read(own, fields.get("num_query_token", 32), *widths, positions, text=False)
     else:
-        connector = ConnectorConfig("concat", **shape, positions=PATCHES.positions(tower), depth=1, group=GROUP)
+        connector = ConnectorConfig("concat", *widths, PATCHES.positions(tower), depth=1, group=GROUP)
     return ModelConfig(
         llm=llm,
         vision=tower,
