@@ -149,7 +149,7 @@ def batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
         rows = t5.teaching(config, _text(foreign), inputs, _placeholder(foreign))
     else:
         rows = _padded(config, foreign, inputs)
-    return _instructed(config, llava.spliced(config, rows, inputs), inputs)
+    return instructed(config, llava.spliced(config, rows, inputs), inputs)
 
 
 def _padded(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
@@ -175,7 +175,7 @@ def prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
         rows = t5.prompt(config, text, inputs, placeholder)
     else:
         rows = language.text_batch(config, inputs, placeholder)
-    return _instructed(config, llava.spliced(config, rows, inputs), inputs)
+    return instructed(config, llava.spliced(config, rows, inputs), inputs)
 
 
 def _placeholder(foreign: Config) -> int:
@@ -188,7 +188,7 @@ def _placeholder(foreign: Config) -> int:
     )
 
 
-def _instructed(config: ModelConfig, rows: Batch, inputs: Inputs) -> Batch:
+def instructed(config: ModelConfig, rows: Batch, inputs: Inputs) -> Batch:
     """The batch with the text that the Q-Former reads beside each picture, if it reads any."""
     assert config.connector is not None
     if not config.connector.text_vocab or rows.images is None:

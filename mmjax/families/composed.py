@@ -1,13 +1,14 @@
 """The project's own layout, for what no published one can hold: `model_type` mmjax.
 
 The parts keep their published configs and tensor names, below `text_config` / `language_model.` and `vision_config` /
-`vision_tower.`; the connector is ours, and so are blocks of cross-attention. Inputs and outputs are those of transformers' llava.
+`vision_tower.`; the connector is ours, and so are blocks of cross-attention. Inputs and outputs are those of transformers' llava;
+of an encoder-decoder also its decoder's, and of a Q-Former that reads text those of InstructBLIP.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, get_args
+from typing import Any, Callable, get_args
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ import numpy as np
 from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.errors import UserError
-from mmjax.families import interleaved, language, llava, parts, vision
+from mmjax.families import blip_2, interleaved, language, llava, parts, t5, vision
 from mmjax.families.family import Config, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, numbered, prefixed, rule, same, transposed
@@ -153,11 +154,28 @@ def _as_ours(name: str, path: str) -> Rule:
 def _batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     """The batch of foreign inputs; where media are read between the blocks, one token of the text stands for each picture."""
     if config.cross_attention is None:
-        return llava.batch(config, foreign, inputs)
+        return _with_media(config, foreign, inputs, t5.teaching)
     rows = language.text_batch(config, inputs)
     images = vision.pixels(inputs) if "pixel_values" in inputs else None
     located = (inputs["input_ids"] == llava.placeholder(foreign)) & (np.asarray(rows.segments) > 0)
     return interleaved.with_list(rows, images, located)
+
+
+def _prompt(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
+    """The prompts to be continued."""
+    if config.cross_attention is None:
+        return _with_media(config, foreign, inputs, t5.prompt)
+    return _batch(config, foreign, inputs)
+
+
+def _with_media(config: ModelConfig, foreign: Config, inputs: Inputs, of_encoder_decoder: Callable[..., Batch]) -> Batch:
+    """Rows with pictures in the place of their tokens, and what a Q-Former reads beside them where that is given."""
+    if config.language.encoder is not None:
+        rows = of_encoder_decoder(config, foreign["text_config"], inputs, llava.placeholder(foreign))
+    else:
+        rows = language.text_batch(config, inputs, llava.placeholder(foreign))
+    rows = llava.spliced(config, rows, inputs)
+    return blip_2.instructed(config, rows, inputs) if "qformer_input_ids" in inputs else rows
 
 
 def _outputs(
@@ -174,8 +192,9 @@ FAMILY = dataclasses.replace(
     read_config=_read,
     write_config=_write,
     rules=_rules,
+    inputs=(*llava.FAMILY.inputs, *(name for name in blip_2.INSTRUCTBLIP.inputs if name.startswith(("decoder_", "qformer_")))),
     outputs=_outputs,
-    prompt=_batch,
+    prompt=_prompt,
     spellings=(),
     modules=(),
 )

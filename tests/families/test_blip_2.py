@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 import mmjax
 from mmjax import tree
 from mmjax.errors import UserError
+from mmjax.families import composed
 
 torch = pytest.importorskip("torch")
 
@@ -91,6 +94,18 @@ def test_tied_tensors_may_be_stored(pair, tmp_path):
     same = tree.flatten(mmjax.load(tmp_path).params)
     for path, leaf in tree.flatten(ours.params).items():
         assert np.array_equal(np.asarray(same[path]), np.asarray(leaf)), path
+
+
+def test_our_own_layout_holds_the_same(pair, tmp_path):
+    """The whole model under `model_type` mmjax: the same outputs and continuations."""
+    _, directory, ours, kind = pair
+    foreign = {"model_type": "mmjax", **{name: ours.foreign[name] for name in ("text_config", "vision_config", "image_token_index")}}
+    again = dataclasses.replace(ours, family=composed.FAMILY, foreign=foreign)
+    again.save_pretrained(tmp_path, layout="mmjax")
+    found, given = mmjax.load(tmp_path), tiny_blip.inputs(*kind, left=False)
+    np.testing.assert_allclose(found(given)["loss"], ours(given)["loss"], rtol=1e-5)
+    prompt = {name: value for name, value in given.items() if name != "labels"}
+    assert found.generate(prompt, 6, ignore_eos=True).tolist() == ours.generate(prompt, 6, ignore_eos=True).tolist()
 
 
 def test_an_instruction_must_be_there_for_each_picture(tmp_path):
