@@ -27,9 +27,9 @@ from typing import Any
 
 from mmjax.catalogue import CLIP_L_224, LLAMA2_CHAT
 from mmjax.config import (
+    Adapter,
     Connector,
     Image,
-    Lora,
     Mesh,
     Model,
     Optimizer,
@@ -83,7 +83,7 @@ def get_config(argument: str = ""):
             keep_class_token=True,
             image=Image(aspect="crop"),
             template="llava_llama_2",
-            adapters={"default": Lora(rank=64, alpha=16.0, dropout=0.05, targets=("llm/layers/**",))},
+            adapters={"default": Adapter(rank=64, alpha=16.0, dropout=0.05, targets=("llm/layers/**",))},
             dtype="bfloat16",
         ),
         stages={"align": align, "instruct": instruct},

@@ -18,8 +18,8 @@ writes the adapter alone.
 from pathlib import Path
 
 from mmjax.config import (
+    Adapter,
     Export,
-    Lora,
     Model,
     Optimizer,
     Part,
@@ -83,7 +83,7 @@ def get_config(argument: str = ""):
             llm=SMALL_LLAVA.llm if chosen.tiny else Part(),
             vision=SMALL_LLAVA.vision if chosen.tiny else Part(),
             template=chosen.template,
-            adapters={"default": Lora(rank=16, alpha=32.0, targets=("llm/layers/**",))} if lora else {},
+            adapters={"default": Adapter(rank=16, alpha=32.0, targets=("llm/layers/**",))} if lora else {},
             dtype="bfloat16" if lora else "float32",
         ),
         stages={"finetune": finetune},

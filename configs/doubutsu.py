@@ -26,9 +26,9 @@ and --config.model.vision.path=DIR); data below data/.
 
 from mmjax.catalogue import CC3M_595K, QWEN2_1_5B_INSTRUCT, SIGLIP_SO400M_384
 from mmjax.config import (
+    Adapter,
     Connector,
     Image,
-    Lora,
     Model,
     Optimizer,
     Recipe,
@@ -87,7 +87,7 @@ def get_config(argument: str = ""):
             pooled=chosen.connector == "token",
             image=cut if chosen.connector == "tiles" else Image(aspect="squash", size=378),
             template="doubutsu",
-            adapters={"default": Lora(rank=128, alpha=256.0, targets=("llm/layers/**",))},
+            adapters={"default": Adapter(rank=128, alpha=256.0, targets=("llm/layers/**",))},
             dtype="bfloat16",
         ),
         stages={"pretrain": pretrain, "adapt": adapt},

@@ -23,8 +23,8 @@ pretraining pads pictures to a square as finetuning does, where they crop.
 
 from mmjax.catalogue import CLIP_L_336, LCS_558K, MIX_665K, VICUNA_V15
 from mmjax.config import (
+    Adapter,
     Connector,
-    Lora,
     Mesh,
     Model,
     Optimizer,
@@ -81,7 +81,7 @@ def get_config(argument: str = ""):
             connector=Connector(kind="mlp2x_gelu"),
             feature_layers=(-2,),
             template="v1",
-            adapters={"default": Lora(rank=128, alpha=256.0, dropout=0.05, targets=("llm/layers/**",))} if lora else {},
+            adapters={"default": Adapter(rank=128, alpha=256.0, dropout=0.05, targets=("llm/layers/**",))} if lora else {},
             dtype="bfloat16",
         ),
         stages={"pretrain": pretrain, **({"finetune_lora": finetune_lora} if lora else {"finetune": finetune})},

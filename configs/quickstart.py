@@ -22,12 +22,12 @@ At the end the model is exported in Hugging Face's LLaVA layout to WORKDIR/expor
 """
 
 from mmjax.config import (
+    Adapter,
     Checkpoint,
     Evaluation,
     Export,
     Image,
     Logging,
-    Lora,
     Mesh,
     Model,
     Optimizer,
@@ -130,7 +130,7 @@ def get_config(argument: str = ""):
             tokenizer=Tokenizer(kind="bpe", vocab_size=400),
             template="v1",
             system="",
-            adapters={"see": Lora(rank=16, alpha=32.0)},
+            adapters={"see": Adapter(rank=16, alpha=32.0)},
         ),
         stages={"language": language, "vision": vision, "align": align, "instruct": instruct},
         run=("language", "vision", "align", "instruct"),

@@ -23,11 +23,11 @@ from mmjax.families import composed, parts
 from mmjax.families.family import Config, Family
 from mmjax.loading import load, load_connector
 from mmjax.model import Model
-from mmjax.models import adapters as lora
-from mmjax.models import multimodal, new_rows
+from mmjax.models import adapters, multimodal, new_rows, tuning_config
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import DecoderConfig, Execution, LoraConfig, ModelConfig
+from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, Stitching, ViTConfig
+from mmjax.models.tuning_config import Adapter
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
@@ -366,11 +366,14 @@ def _source(part: Part, key: str, weights: bool = False) -> Published | Config |
 
 
 def _with_adapters_and_mask(config: ModelConfig, section: recipes.Model) -> ModelConfig:
-    added = tuple(
-        LoraConfig(name, a.rank, a.alpha, tuple(a.targets), a.dropout, a.rank_stabilised)
-        for name, a in section.adapters.items()
-    )
+    added = tuple(_adapter(name, adapter) for name, adapter in section.adapters.items())
     return dataclasses.replace(config, adapters=config.adapters + added, mask=section.mask or config.mask)
+
+
+def _adapter(name: str, section: recipes.Adapter) -> Adapter:
+    values: dict[str, Any] = {field: getattr(section, field) for field in tuning_config.fields(section.kind)}
+    frozen: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    return tuning_config.KINDS[section.kind](name, **frozen)
 
 
 def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Params | None) -> Params:
@@ -404,9 +407,9 @@ def _drawing(config: ModelConfig, absent: ModelConfig) -> Callable[[jax.Array], 
 
     def draw(key: jax.Array) -> Params:
         shapes = multimodal.shapes(dataclasses.replace(config, adapters=()))
-        adapted = tree.flatten(lora.add_lora(jax.random.fold_in(key, 1), shapes, config))
-        adapters = {path: leaf for path, leaf in adapted.items() if "/adapters/" in path}
-        return tree.merge(multimodal.init(key, absent), tree.unflatten(adapters))
+        whole = tree.flatten(adapters.add(jax.random.fold_in(key, 1), shapes, config))
+        adapted = {path: leaf for path, leaf in whole.items() if "/adapters/" in path}
+        return tree.merge(multimodal.init(key, absent), tree.unflatten(adapted))
 
     # It runs once: on a CPU, optimising the program takes longer than running it.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
@@ -423,7 +426,7 @@ def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
     places = shardings(multimodal.shapes(model_config(recipe))) if shardings else None
     base = load(section.path, section.dtype, shardings=places)
     config = _with_adapters_and_mask(base.config, section)
-    drawn = lora.add_lora(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
+    drawn = adapters.add(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
     own = frozenset(tree.flatten(drawn)) - frozenset(tree.flatten(base.params))
     bases = {section.path: published.fingerprint(locate(section.path))}
     return _with_tokens(dataclasses.replace(base, config=config, params=drawn, own=own, bases=bases), recipe, places)

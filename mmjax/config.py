@@ -173,13 +173,19 @@ class Image:
 
 
 @dataclasses.dataclass
-class Lora:
-    """A named LoRA adapter; `targets` are globs over Linear paths (a path ends before `/kernel`)."""
+class Adapter:
+    """A named way of tuning beside the weights. Each kind reads some of the fields (mmjax.models.tuning_config.KINDS); the others stay as
+    they are here.
 
+    kind      "lora"
+    targets   globs over Linear paths (a path ends before `/kernel`)
+    """
+
+    kind: Literal["lora"] = "lora"
+    targets: tuple[str, ...] = ("llm/layers/**",)
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
-    targets: tuple[str, ...] = ("llm/layers/**",)
     rank_stabilised: bool = False
 
 
@@ -239,7 +245,7 @@ class Model:
     image_end: str = ""
     new_tokens: tuple[str, ...] = ()
     new_rows_start: Literal["mean", "normal"] = "mean"
-    adapters: dict[str, Lora] = dataclasses.field(default_factory=dict)
+    adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
     dtype: DType = "float32"
 
 

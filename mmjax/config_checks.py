@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 from mmjax.config_parsing import nearest
 from mmjax.hub import REPOSITORY
 from mmjax.models.encoder_config import CONNECTORS, PERCEIVERS
+from mmjax.models.tuning_config import fields as fields_of
 
 if TYPE_CHECKING:
     from mmjax.config import Connector, FewShot, Model, Part, Recipe, Source, Stage
@@ -146,8 +147,12 @@ def _model(model: Model) -> Iterator[str]:
     for name, adapter in model.adapters.items():
         if not re.fullmatch(r"\w+", name):
             yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."
-        if not adapter.targets:
+        read = fields_of(adapter.kind)
+        if "targets" in read and not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
+        for field in dataclasses.fields(adapter):
+            if field.name not in ("kind", *read) and getattr(adapter, field.name) != field.default:
+                yield f"model.adapters.{name}.{field.name} is not read by an adapter of kind {adapter.kind!r}, which reads {', '.join(read)}."
 
 
 def _tiling(model: Model) -> Iterator[str]:

@@ -34,7 +34,7 @@ RECIPE = config.Recipe(
         image=config.Image(aspect="squash"),
         template="v1",
         system="",
-        adapters={"see": config.Lora(rank=2)},
+        adapters={"see": config.Adapter(rank=2)},
     ),
     stages={"instruct": config.Stage(sources={"questions": QUESTIONS}, steps=2)},
     run=("instruct",),

@@ -14,7 +14,7 @@ from PIL import Image
 import mmjax
 from mmjax import assembly, tree
 from mmjax.assembly import assemble, model_config
-from mmjax.config import Connector, Lora, Model, Part, Recipe, Source, Stage, Tokenizer, write_recipe
+from mmjax.config import Adapter, Connector, Model, Part, Recipe, Source, Stage, Tokenizer, write_recipe
 from mmjax.config import Image as RecipeImage
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
@@ -57,7 +57,7 @@ def recipe(folder: Path, **model) -> Recipe:
         llm=Part(config=LLAMA),
         vision=Part(config=CLIP),
         tokenizer=Tokenizer(kind="word", vocab_size=200),
-        adapters={"default": Lora(rank=2, alpha=4.0, targets=("llm/layers/attention/**",))},
+        adapters={"default": Adapter(rank=2, alpha=4.0, targets=("llm/layers/attention/**",))},
     )
     stage = Stage(sources={"sums": Source(kind="messages", path=str(folder / "data.jsonl"))}, steps=1)
     return Recipe(model=dataclasses.replace(section, **model), stages={"one": stage}, run=("one",))
@@ -278,7 +278,7 @@ def test_a_workdir_without_a_checkpoint_is_what_its_recipe_assembles(assembled, 
     again = tree.flatten(assemble(made, tmp_path).params)
     assert all(np.array_equal(loaded[path], leaf) for path, leaf in again.items())
     # The run is a base of the next one: its model, with adapters of the next recipe.
-    onward = Recipe(model=Model(path=str(tmp_path), adapters={"more": Lora(rank=2, targets=("llm/layers/mlp/**",))}))
+    onward = Recipe(model=Model(path=str(tmp_path), adapters={"more": Adapter(rank=2, targets=("llm/layers/mlp/**",))}))
     model = assemble(onward, tmp_path / "next")
     assert [a.name for a in model.config.adapters] == ["default", "more"]
     assert model.own and all("/adapters/more/" in path for path in model.own) and set(model.bases) == {str(tmp_path)}

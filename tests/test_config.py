@@ -6,8 +6,8 @@ import pytest
 
 from mmjax import config_checks
 from mmjax.config import (
+    Adapter,
     Connector,
-    Lora,
     Mesh,
     Model,
     Optimizer,
@@ -30,7 +30,7 @@ def recipe(**changes) -> Recipe:
         name="small",
         model=Model(
             llm=Part(config={"model_type": "llama", "rope_scaling": {"factors": [1.0, 2.0]}, "pad_token_id": None}),
-            adapters={"default": Lora(rank=4)},
+            adapters={"default": Adapter(rank=4)},
         ),
         stages={
             "second": Stage(steps=2, sources={"digits": Source(kind="digits", options={"size": 8})}),
@@ -146,7 +146,7 @@ def test_all_problems_are_reported_at_once():
         ({"model": Model(llm=Part(config={"hidden_size": 4}))}, "model.llm.config has no model_type"),
         ({"model": Model(llm=Part("x"), connector=Connector(kind="mlp_gelu"))}, "model.connector.kind is 'mlp_gelu'; it must be one of linear, mlp,"),
         ({"model": Model(llm=Part("x"), template="chatlm")}, "Did you mean 'chatml'?"),
-        ({"model": Model(llm=Part("x"), adapters={"a": Lora(rank=0)})}, "model.adapters.a.rank is 0; it must be at least 1."),
+        ({"model": Model(llm=Part("x"), adapters={"a": Adapter(rank=0)})}, "model.adapters.a.rank is 0; it must be at least 1."),
         ({"mesh": Mesh(data=-1, fsdp=-1)}, "mesh: only one axis may be -1"),
         ({"mesh": Mesh(tensor=0)}, "mesh.tensor is 0; it must be at least 1"),
     ],

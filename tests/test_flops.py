@@ -9,8 +9,9 @@ import pytest
 from mmjax import flops
 from mmjax.models import multimodal
 from mmjax.models.block_config import BlockConfig, Rope
-from mmjax.models.config import DecoderConfig, LoraConfig, ModelConfig, RelativeBias
+from mmjax.models.config import DecoderConfig, ModelConfig, RelativeBias
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, MobileNetV2Config, ViTConfig
+from mmjax.models.tuning_config import LoraConfig
 from mmjax.training.trainable import select
 
 VICUNA = DecoderConfig(

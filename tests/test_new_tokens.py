@@ -15,7 +15,7 @@ from mmjax.errors import UserError
 from mmjax.export import save_adapters, without_adapters
 from mmjax.jobs import export, plan, train
 from mmjax.models import adapters, new_rows
-from mmjax.models.config import LoraConfig
+from mmjax.models.tuning_config import LoraConfig
 from tests import small_workdir
 from tests.data.tokenizers import byte_tokenizer
 
@@ -111,7 +111,7 @@ def test_an_export_holds_the_rows_bit_for_bit(base, tmp_path):
 def adapted(model):
     """The model with an adapter that changes something."""
     shapes = dataclasses.replace(model.config, adapters=(LoraConfig("tune", 2, 4.0, ("llm/layers/**",)),))
-    flat = tree.flatten(adapters.add_lora(jax.random.key(0), model.params, shapes))
+    flat = tree.flatten(adapters.add(jax.random.key(0), model.params, shapes))
     flat = {path: leaf + 0.1 if path.endswith("lora_b") else leaf for path, leaf in flat.items()}
     return dataclasses.replace(model, config=shapes, params=tree.unflatten(flat))
 
@@ -199,7 +199,7 @@ def run(tmp_path_factory):
             llm=config.Part(path=str(directory)),
             new_tokens=TOKENS[:3],
             template="plain",
-            adapters={"tune": config.Lora(rank=2, targets=("llm/layers/mlp/up",))},
+            adapters={"tune": config.Adapter(rank=2, targets=("llm/layers/mlp/up",))},
         ),
         stages={"rows": stage, "tune": dataclasses.replace(stage, trainable=("llm/**/lora_*",))},
         run=("rows", "tune"),

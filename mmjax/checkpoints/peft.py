@@ -22,7 +22,7 @@ from mmjax.errors import UserError
 from mmjax.families.family import Family
 from mmjax.families.keys import Rule, row, transposed
 from mmjax.models.adapters import has_port
-from mmjax.models.config import LoraConfig
+from mmjax.models.tuning_config import LoraConfig
 from mmjax.tree import Params
 
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")

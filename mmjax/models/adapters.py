@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import tree
-from mmjax.models.config import LoraConfig, ModelConfig
+from mmjax.models.config import ModelConfig
+from mmjax.models.tuning_config import LoraConfig
 
 Params = dict[str, Any]
 
@@ -37,7 +38,7 @@ def has_port(path: str) -> bool:
     return (tree.is_stacked(path) or path.startswith("connector/")) and "/router" not in path
 
 
-def add_lora(key: jax.Array, params: Params, config: ModelConfig) -> Params:
+def add(key: jax.Array, params: Params, config: ModelConfig) -> Params:
     """The parameters with fresh float32 leaves for each of config.adapters that has none yet.
 
     lora_a [layers, in, rank] ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt 5, as in PEFT), lora_b [layers, rank, out] = 0, so
@@ -58,7 +59,7 @@ def add_lora(key: jax.Array, params: Params, config: ModelConfig) -> Params:
     return tree.merge(params, tree.unflatten(fresh))
 
 
-def merge_lora(params: Params, config: ModelConfig) -> Params:
+def merge(params: Params, config: ModelConfig) -> Params:
     """The parameters with every adapter added into its kernel (in float32, stored in the kernel's dtype) and its leaves gone."""
     scales = {adapter.name: adapter.scale for adapter in config.adapters}
     flat = tree.flatten(params)

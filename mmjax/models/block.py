@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import LoraConfig
 from mmjax.models.experts import MixtureOfExperts
 from mmjax.models.layers import MLP, Linear, Norm, apply, dropped
 from mmjax.models.rope import rotate
+from mmjax.models.tuning_config import Adapters
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
     """Self-attention: x [rows, T, width] -> [rows, T, width]; with a cache, over what was written before as well."""
 
     config: BlockConfig
-    adapters: tuple[LoraConfig, ...] = ()
+    adapters: Adapters = ()
     deterministic: bool = True
     backend: str = "auto"
 
@@ -112,7 +112,7 @@ class CrossAttention(nn.Module):
     and `value` (and `key_norm`), and are used by `memory_keys_values`."""
 
     config: BlockConfig
-    adapters: tuple[LoraConfig, ...] = ()
+    adapters: Adapters = ()
     deterministic: bool = True
     backend: str = "auto"
 
@@ -137,7 +137,7 @@ class CrossAttention(nn.Module):
 
 
 def memory_keys_values(
-    layer: Any, config: BlockConfig, states: jax.Array, adapters: tuple[LoraConfig, ...] = ()
+    layer: Any, config: BlockConfig, states: jax.Array, adapters: Adapters = ()
 ) -> KeysValues:
     """The keys and values [rows, S, kv_heads, dim] with which one layer's cross-attention reads states [rows, S, memory_width].
     They stay the same while tokens are generated."""
@@ -169,7 +169,7 @@ class Block(nn.Module):
     """
 
     config: BlockConfig
-    adapters: tuple[LoraConfig, ...] = ()
+    adapters: Adapters = ()
     deterministic: bool = True
     backend: str = "auto"
     dropout: float = 0.0

@@ -1,5 +1,5 @@
-"""The shapes of a model: its language model, its adapters, and the union of its parts, as frozen dataclasses. Blocks are described
-in mmjax.models.block_config, encoders and connectors in mmjax.models.encoder_config.
+"""The shapes of a model: its language model and the union of its parts, as frozen dataclasses. Blocks are described in
+mmjax.models.block_config, encoders and connectors in mmjax.models.encoder_config, adapters in mmjax.models.tuning_config.
 
 Everything there and here is static (hashable) and free of arrays, so that any of it can be a static argument of `jax.jit`.
 Foreign configuration files are translated to these by `mmjax.families`; recipes never build them by hand.
@@ -22,6 +22,7 @@ from mmjax.models.encoder_config import (
     TextTowerConfig,
     ViTConfig,
 )
+from mmjax.models.tuning_config import Adapters
 
 MaskKind = Literal["causal", "prefix", "media", "opening"]
 """What a model's texts see: what stands before; also the whole prompt each other (prefix-LM: PaliGemma, arXiv 2407.07726); also the
@@ -108,25 +109,6 @@ class DecoderConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
-    """One named low-rank adapter (arXiv 2106.09685) on every Linear whose path matches one of `targets`.
-
-    The change of a weight is lora_a @ lora_b * alpha / rank (alpha / sqrt(rank) with `rank_stabilised`, arXiv 2312.03732).
-    """
-
-    name: str
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    dropout: float = 0.0
-    rank_stabilised: bool = False
-
-    @property
-    def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
-
-
-@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """The union: any of the parts may be absent (a text LLM has no vision; a vision tower has no LLM)."""
 
@@ -136,7 +118,7 @@ class ModelConfig:
     connector: ConnectorConfig | None = None
     cross_attention: GatedCrossAttentionConfig | None = None  # media are read between the LLM's blocks, not spliced
     features: FeatureSpec = FeatureSpec()
-    adapters: tuple[LoraConfig, ...] = ()
+    adapters: Adapters = ()
     logit_bias: bool = False  # SigLIP's two-tower logits carry a bias beside the scale
     image_mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels scaled to [0, 1]
     image_std: tuple[float, ...] = (1.0, 1.0, 1.0)

@@ -20,11 +20,12 @@ from mmjax.errors import UserError
 from mmjax.models import new_rows, ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, Surroundings
-from mmjax.models.config import DecoderConfig, Execution, LoraConfig
+from mmjax.models.config import DecoderConfig, Execution
 from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, fan_in_normal, matmul
 from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
+from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
 
@@ -143,7 +144,7 @@ def decode(
     positions: jax.Array,
     run: Execution,
     mask: Mask = Mask(),
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     plugs: tuple[ports.Plug, ...] = (),
     cache: Cache | None = None,
     memory: Memory | None = None,

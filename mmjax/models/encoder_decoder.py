@@ -10,9 +10,10 @@ from typing import Any
 import jax
 
 from mmjax.models.block import memory_keys_values
-from mmjax.models.config import DecoderConfig, Execution, LoraConfig
+from mmjax.models.config import DecoderConfig, Execution
 from mmjax.models.decoder import Decoded, Memory, Params, decode
 from mmjax.models.stack import run_stack
+from mmjax.models.tuning_config import Adapters
 
 
 def encode(
@@ -23,7 +24,7 @@ def encode(
     segments: jax.Array,
     positions: jax.Array,
     run: Execution,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     **settings: Any,
 ) -> Decoded:
     """Runs the encoder over embeddings x [rows, S, input width]. `params` and `config` are the whole language model's; `settings`
@@ -40,7 +41,7 @@ def remember(
     states: jax.Array,
     segments: jax.Array,
     run: Execution,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
 ) -> Memory:
     """What the decoder's layers read of the encoder's last states [rows, S, width], where segments [rows, S] are not 0."""
 

@@ -20,10 +20,11 @@ from mmjax.models import ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import CrossAttention, KeysValues, memory_keys_values
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import GatedCrossAttentionConfig
 from mmjax.models.layers import MLP, Norm, apply, as_torch_starts
 from mmjax.models.stack import init_stack
+from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
 Memory = tuple[jax.Array, jax.Array, Mask]  # keys and values [rows, S, kv_heads, dim] of the media, and who sees them
@@ -58,7 +59,7 @@ class Media(NamedTuple):
 def plug(
     config: GatedCrossAttentionConfig,
     media: Media | None,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> ports.Plug:
     """Cross-attention to these media (None: the text has none) before each of config.layers of the decoder."""
@@ -78,7 +79,7 @@ def plugged(leaves: Params, media: Media | None) -> Params:
 
 
 def remember(
-    leaves: Params, config: GatedCrossAttentionConfig, media: Media, adapters: tuple[LoraConfig, ...] = ()
+    leaves: Params, config: GatedCrossAttentionConfig, media: Media, adapters: Adapters = ()
 ) -> Media:
     """The media with every layer's keys and values, which stay the same while tokens are generated."""
     keys, values = jax.vmap(lambda layer: keys_values(layer, config, media.tokens, adapters))(leaves)
@@ -111,7 +112,7 @@ def cross(
     config: GatedCrossAttentionConfig,
     x: jax.Array,
     memory: Memory | None,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> jax.Array:
     """x [rows, T, width] -> the same, with what it reads of the media (None: there are none)."""
@@ -126,7 +127,7 @@ def read(
     config: GatedCrossAttentionConfig,
     x: jax.Array,
     memory: Memory,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> jax.Array:
     """What x [rows, T, width] reads before the gate; 0 where it may see no medium."""
@@ -137,7 +138,7 @@ def read(
 
 
 def keys_values(
-    params: Params, config: GatedCrossAttentionConfig, media: jax.Array, adapters: tuple[LoraConfig, ...] = ()
+    params: Params, config: GatedCrossAttentionConfig, media: jax.Array, adapters: Adapters = ()
 ) -> KeysValues:
     """Keys and values [rows, media * tokens, kv_heads, dim] of media [rows, media, tokens, memory_width]."""
     return memory_keys_values(params, config.block, media.reshape(media.shape[0], -1, media.shape[-1]), adapters)
@@ -190,5 +191,5 @@ def _norm(block: BlockConfig) -> Norm:
     return Norm(block.norm, block.norm_eps, block.norm_bias)
 
 
-def _mlp(block: BlockConfig, adapters: tuple[LoraConfig, ...] = ()) -> MLP:
+def _mlp(block: BlockConfig, adapters: Adapters = ()) -> MLP:
     return MLP(block.mlp_width, block.width, block.activation, block.gated_mlp, block.mlp_bias, adapters)

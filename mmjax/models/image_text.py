@@ -17,10 +17,11 @@ import jax.numpy as jnp
 
 from mmjax.models import qformer
 from mmjax.models.block import KeysValues
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, matmul
 from mmjax.models.qformer import Params, Text
+from mmjax.models.tuning_config import Adapters
 
 SMOOTHING = 0.1  # of the targets of the contrastive and the language loss
 
@@ -58,7 +59,7 @@ def stage1_losses(
     *,
     negatives: Negatives | None = None,
     start: int | None = None,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> dict[str, jax.Array]:
     """The losses of a batch: `contrastive`, `matching`, `language`, and `loss`, their sum.
@@ -93,7 +94,7 @@ def read_pictures(
     params: Params,
     config: ConnectorConfig,
     features: jax.Array,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> Pictures:
     """Features [n, positions, in_width], read by the queries alone."""
@@ -105,7 +106,7 @@ def read_texts(
     params: Params,
     config: ConnectorConfig,
     text: Text,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> Texts:
     """Texts, read alone; the embedding is that of the class token."""

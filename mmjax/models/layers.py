@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mmjax import tree
 from mmjax.models.block_config import Activation, NormKind
-from mmjax.models.config import LoraConfig
+from mmjax.models.tuning_config import LoraConfig
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import FeatureSpec, MobileNetV2Config, divisible
 from mmjax.models.layers import Linear, apply
+from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
 Padding = list[tuple[int, int]]  # before and after, of height and width
@@ -31,7 +32,7 @@ def features(
     spec: FeatureSpec,
     pixels: jax.Array,
     run: Execution,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
 ) -> jax.Array:
     """What the connector reads of normalised pixels [n, height, width, channels]: [n, positions, feature_width], the last map row
     by row. Raises ValueError for any other feature spec: the maps below have other sizes, and there is no class token and no

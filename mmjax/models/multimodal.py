@@ -11,8 +11,8 @@ import jax.numpy as jnp
 
 from mmjax.batch import Batch
 from mmjax.errors import UserError
-from mmjax.models import adapters as lora
 from mmjax.models import (
+    adapters,
     connectors,
     decoder,
     encoder_decoder,
@@ -52,7 +52,7 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     if (crossed := config.cross_attention) is not None:
         leaves = gated_cross_attention.init_layers(jax.random.fold_in(key, 5), crossed, len(crossed.layers))
         params["llm"] = {**params.get("llm", {}), "plugs": {gated_cross_attention.NAME: leaves}}
-    return lora.add_lora(keys[4], params, config)
+    return adapters.add(keys[4], params, config)
 
 
 def shapes(config: ModelConfig) -> Params:

@@ -20,10 +20,11 @@ import jax.numpy as jnp
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, CrossAttention, Surroundings, memory_keys_values
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import MLP, Linear, Norm, apply, as_torch_starts
 from mmjax.models.stack import init_stack, run_stack
+from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
 NORM = Norm("layer", 1e-5)
@@ -74,7 +75,7 @@ def resample(
     config: ConnectorConfig,
     features: jax.Array,
     seen: jax.Array | None = None,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> jax.Array:
     """Features [..., media, frames, positions, in_width] of pictures (one frame) or videos ->
@@ -138,7 +139,7 @@ def _layer(
     latents: jax.Array,
     media: jax.Array,
     mask: Mask,
-    adapters: tuple[LoraConfig, ...],
+    adapters: Adapters,
     run: Execution,
 ) -> jax.Array:
     """Latents [items, latents, width] that have read media [items, positions, width]."""
@@ -164,7 +165,7 @@ def _without_memory(block: BlockConfig) -> BlockConfig:
     return dataclasses.replace(block, memory_width=0)
 
 
-def _mlp(block: BlockConfig, adapters: tuple[LoraConfig, ...] = ()) -> MLP:
+def _mlp(block: BlockConfig, adapters: Adapters = ()) -> MLP:
     return MLP(block.mlp_width, block.width, block.activation, False, block.mlp_bias, adapters)
 
 

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 from mmjax.models.attention import Mask
 from mmjax.models.block import Attention, CrossAttention, KeysValues, Surroundings, memory_keys_values
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import MLP, Linear, Norm, apply, fan_in_uniform
 from mmjax.models.stack import init_stack, run_stack
+from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
 DEVIATION = 0.02  # of BERT's fresh weights
@@ -89,7 +90,7 @@ def connect(
     config: ConnectorConfig,
     features: jax.Array,
     text: Text | None = None,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> jax.Array:
     """Features [items, positions, in_width], with or without text beside them -> [items, latents, out_width]."""
@@ -97,7 +98,7 @@ def connect(
 
 
 def project(
-    params: Params, config: ConnectorConfig, states: jax.Array, adapters: tuple[LoraConfig, ...] = ()
+    params: Params, config: ConnectorConfig, states: jax.Array, adapters: Adapters = ()
 ) -> jax.Array:
     """What `read` returned [items, latents (and text), width] -> LLM tokens [items, latents, out_width]."""
     return apply(Linear(config.out_width, True, adapters), params["project_out"], states[:, : config.latents])
@@ -108,7 +109,7 @@ def read(
     config: ConnectorConfig,
     features: jax.Array,
     text: Text | None = None,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> Read:
     """Queries and, behind them, text: features [items, positions, in_width] -> states [items, latents (+ L), width].
@@ -129,7 +130,7 @@ def read_text(
     params: Params,
     config: ConnectorConfig,
     text: Text,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> Read:
     """Text alone: states [items, L, width]."""
@@ -143,7 +144,7 @@ def read_behind(
     config: ConnectorConfig,
     before: KeysValues,
     text: Text,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
     run: Execution = Execution(),
 ) -> Read:
     """Text behind queries, of which `before` is what `read` returned as `seen`: states [items, L, width]. The queries themselves
@@ -182,7 +183,7 @@ def _run(
     mask: Mask,
     features: jax.Array | None,
     before: KeysValues | None,
-    adapters: tuple[LoraConfig, ...],
+    adapters: Adapters,
     run: Execution,
 ) -> Read:
     """The layers over embeddings x [items, T, width], whose first `latents` are queries where there are features to read."""
@@ -245,7 +246,7 @@ def _norm(config: ConnectorConfig) -> Norm:
     return Norm("layer", config.norm_eps)
 
 
-def _mlp(block: BlockConfig, adapters: tuple[LoraConfig, ...] = ()) -> MLP:
+def _mlp(block: BlockConfig, adapters: Adapters = ()) -> MLP:
     return MLP(block.mlp_width, block.width, block.activation, False, True, adapters)
 
 

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block import Block, Surroundings
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import FeatureSpec, ViTConfig
 from mmjax.models.interpolation import resized, resized_to_each
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_normal
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
+from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
 
@@ -90,7 +91,7 @@ def init(key: jax.Array, config: ViTConfig) -> Params:
 
 
 def hidden_states(
-    params: Params, config: ViTConfig, pictures: Pictures, run: Execution, adapters: tuple[LoraConfig, ...] = ()
+    params: Params, config: ViTConfig, pictures: Pictures, run: Execution, adapters: Adapters = ()
 ) -> jax.Array:
     """All states [layers + 1, n, tokens, width].
 
@@ -108,7 +109,7 @@ def features(
     spec: FeatureSpec,
     pictures: Pictures,
     run: Execution,
-    adapters: tuple[LoraConfig, ...] = (),
+    adapters: Adapters = (),
 ) -> jax.Array:
     """What the connector reads: [n, positions, width * len(spec.layers)].
 
@@ -200,7 +201,7 @@ def _run_blocks(
     layers: int,
     keep: bool,
     run: Execution,
-    adapters: tuple[LoraConfig, ...],
+    adapters: Adapters,
 ) -> tuple[jax.Array, jax.Array | None]:
     """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked."""
     block = Block(config.block, adapters, backend=run.attention)

@@ -16,7 +16,7 @@ from mmjax.errors import UserError
 from mmjax.families import find
 from mmjax.families.fields import ACTIVATIONS
 from mmjax.models import adapters
-from mmjax.models.config import LoraConfig
+from mmjax.models.tuning_config import LoraConfig
 
 torch = pytest.importorskip("torch")
 safetensors_numpy = pytest.importorskip("safetensors.numpy")
@@ -167,7 +167,7 @@ def test_a_merged_adapter_is_in_the_files(name, tmp_path):
     model = mmjax.load(tmp_path / "theirs")
     lora = LoraConfig("a", rank=3, alpha=6.0, targets=("llm/layers/attention/*",))
     config = dataclasses.replace(model.config, adapters=(lora,))
-    params = adapters.add_lora(jax.random.key(0), model.params, config)
+    params = adapters.add(jax.random.key(0), model.params, config)
     leaves = {
         path: jax.random.normal(jax.random.key(len(path)), leaf.shape) * 0.2 if path.endswith("lora_b") else leaf
         for path, leaf in tree.flatten(params).items()

@@ -67,7 +67,7 @@ def recipe(tmp_path_factory) -> config.Recipe:
             image=config.Image(aspect="squash"),
             tokenizer=config.Tokenizer(kind="word"),
             template="plain",
-            adapters={"tune": config.Lora(rank=2, targets=("llm/layers/attention/*",))},
+            adapters={"tune": config.Adapter(rank=2, targets=("llm/layers/attention/*",))},
         ),
         stages={"align": dataclasses.replace(stage, trainable=("connector/**", "llm/**/lora_*"))},
         run=("align",),

@@ -9,8 +9,9 @@ from mmjax import tree
 from mmjax.checkpoints import safetensors, weights
 from mmjax.families import composed, keys
 from mmjax.models import adapters, connectors, layers, multimodal
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
+from mmjax.models.tuning_config import LoraConfig
 from tests.models import tiny
 
 torch = pytest.importorskip("torch")
@@ -107,7 +108,7 @@ def test_lora_at_init_equals_the_base_and_merged_equals_unmerged():
     base = tiny.model_config()
     config = tiny.model_config(adapters=(everywhere, LoraConfig("b", 2, 2.0, ("llm/layers/attention/{query,value}",))))
     params = tiny.random_params(base)
-    adapted = adapters.add_lora(tiny.key(), params, config)
+    adapted = adapters.add(tiny.key(), params, config)
     batch = tiny.rows([[9], [7]], 9)
     run = Execution()
 
@@ -119,7 +120,7 @@ def test_lora_at_init_equals_the_base_and_merged_equals_unmerged():
     rng = np.random.default_rng(0)
     trained = {k: rng.normal(size=v.shape).astype(np.float32) * 0.1 if "lora_b" in k else v for k, v in flat.items()}
     trained = tree.unflatten(trained)
-    merged = adapters.merge_lora(trained, config)
+    merged = adapters.merge(trained, config)
     assert set(tree.flatten(merged)) == set(tree.flatten(params))
     want = states(trained, config)
     assert np.abs(want - states(params, base)).max() > 1e-2

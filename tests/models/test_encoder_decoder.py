@@ -12,7 +12,8 @@ from mmjax.batch import Batch
 from mmjax.config import Mesh
 from mmjax.models import multimodal
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import DecoderConfig, Execution, LoraConfig, ModelConfig, RelativeBias
+from mmjax.models.config import DecoderConfig, Execution, ModelConfig, RelativeBias
+from mmjax.models.tuning_config import LoraConfig
 from mmjax.parallel import sharding
 from mmjax.parallel.mesh import make_mesh
 from tests.models import tiny

@@ -18,8 +18,9 @@ from mmjax.inference.generate import generate
 from mmjax.inference.sampling import Sampling
 from mmjax.models import adapters, gated_cross_attention, multimodal, ports
 from mmjax.models.block_config import BlockConfig
-from mmjax.models.config import Execution, LoraConfig
+from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
+from mmjax.models.tuning_config import LoraConfig
 from mmjax.parallel.mesh import AXES
 from mmjax.parallel.sharding import batch_shardings, param_shardings
 from mmjax.training.trainable import select
@@ -163,7 +164,7 @@ def test_one_device_equals_eight():
 def test_adapters_beside_the_plugs():
     lora = LoraConfig("default", 2, 4.0, ("llm/plugs/**",))
     config = dataclasses.replace(CONFIG, adapters=(lora,))
-    adapted = adapters.add_lora(jax.random.key(0), PARAMS, config)
+    adapted = adapters.add(jax.random.key(0), PARAMS, config)
     leaf = adapted["llm"]["plugs"]["cross_attention"]["cross_attention"]["key"]["adapters"]["default"]["lora_a"]
     assert leaf.shape == (2, 24, 2)
     made = batch([sample("a", "xIxxIxx")])
@@ -173,12 +174,12 @@ def test_adapters_beside_the_plugs():
     )
     found = states(opened, made, config=config)
     assert np.abs(np.asarray(found) - states(PARAMS, made)).max() > 1e-3
-    np.testing.assert_allclose(found, states(adapters.merge_lora(opened, config), made), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found, states(adapters.merge(opened, config), made), rtol=1e-4, atol=1e-4)
 
 
 def test_adapters_beside_the_plugs_have_no_dropout():
     with pytest.raises(ValueError, match="has dropout, which there is none of in plugs: llm/plugs/cross_attention"):
-        adapters.add_lora(jax.random.key(0), PARAMS, dataclasses.replace(CONFIG, adapters=(LoraConfig("d", 2, 4.0, ("llm/**",), 0.1),)))
+        adapters.add(jax.random.key(0), PARAMS, dataclasses.replace(CONFIG, adapters=(LoraConfig("d", 2, 4.0, ("llm/**",), 0.1),)))
 
 
 def test_plugs_have_places_of_their_own_in_the_scan():

@@ -8,8 +8,9 @@ import pytest
 from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import mobilenet_v2, multimodal
-from mmjax.models.config import Execution, LoraConfig, ModelConfig
+from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, MobileNetV2Config
+from mmjax.models.tuning_config import LoraConfig
 
 TINY = MobileNetV2Config(image_size=40, depth_multiplier=0.1, classes=3)
 

@@ -7,8 +7,9 @@ from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import multimodal
 from mmjax.models.block_config import BlockConfig, Rope
-from mmjax.models.config import DecoderConfig, LoraConfig, ModelConfig
+from mmjax.models.config import DecoderConfig, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, ViTConfig
+from mmjax.models.tuning_config import LoraConfig
 
 LLAMA_BLOCK = BlockConfig(32, 4, 2, 8, 48, "silu", "rms", 1e-5, True, False, False, False, Rope())
 VIT_BLOCK = BlockConfig(24, 4, 4, 6, 40, "quick_gelu", "layer", 1e-5, False, True, True, True)

@@ -9,8 +9,9 @@ from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import multimodal
 from mmjax.models.block_config import BlockConfig, Rope
-from mmjax.models.config import DecoderConfig, LoraConfig, ModelConfig
+from mmjax.models.config import DecoderConfig, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, ViTConfig
+from mmjax.models.tuning_config import LoraConfig
 
 _BLOCK = BlockConfig(
     width=16,
