@@ -146,7 +146,8 @@ def whole_model(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str
         flags = {**config, **config.get("golden_flags", {})}
         prompt = _prompt(given, flags.get("generate_row", -1), flags.get("generate_images"))
         new = 16 if "generated_tokens" not in flags else flags["generated_tokens"]
-        # Recorded as if a picture's queries were among the new tokens: as many of these come first and were left out.
+        # BLIP-2's were recorded as the last of (queries + new) tokens: transformers' own continuation, which ours equals from
+        # its first token on (tests/families/test_blip_2.py), holds the recorded ones from that place on.
         skipped = config.get("num_query_tokens", 0)
         ids, scores = model.generate(prompt, max_new_tokens=skipped + new, ignore_eos=True, return_scores=True)
         found["generated_ids"], found["generated_scores"] = ids[:, skipped:], scores[:, skipped:]
