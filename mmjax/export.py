@@ -96,7 +96,7 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
 
 
 def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", dtype: str = "") -> None:
-    """One LoRA adapter in peft's layout. `name` may be left out where there is only one.
+    """One adapter in peft's layout. `name` may be left out where there is only one.
 
     base   the directory or repository over which it is written. New rows of the vocabulary are no part of an adapter: where the
            model has any, a base that holds them must be given.
@@ -111,10 +111,8 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
         )
     adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
     family, foreign = _target(model, "")
-    rules = family.rules(model.config, foreign)
-    peft.write(
-        model.params, adapter, rules, family, path, base=base or next(iter(model.bases), ""), dtype=dtype or None
-    )
+    under = peft.Base(model.config, family, foreign, model.params)
+    peft.write(model.params, adapter, under, path, base_name=base or next(iter(model.bases), ""), dtype=dtype or None)
 
 
 def without_adapters(model: Model) -> Model:

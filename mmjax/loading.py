@@ -137,11 +137,10 @@ def chosen_template(tokenizer: Any, directory: Path, name: str = "") -> Template
         return None
 
 
-def with_adapter(model: Model, adapter: peft.Adapter) -> Model:
+def with_adapter(model: Model, directory: peft.Directory) -> Model:
     """The model with a PEFT adapter beside its weights."""
-    rules = model.family.rules(model.config, model.foreign)
-    lora, leaves = peft.leaves(adapter, rules, model.family.spellings, model.params)
-    config = dataclasses.replace(model.config, adapters=(*model.config.adapters, lora))
+    adapter, leaves = peft.leaves(directory, peft.Base(model.config, model.family, model.foreign, model.params))
+    config = dataclasses.replace(model.config, adapters=(*model.config.adapters, adapter))
     return dataclasses.replace(
         model,
         config=config,

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685) as the peft library keeps them: adapter_config.json and adapter_model.safetensors.
+"""LoRA (arXiv 2106.09685) in peft's directories.
 
 A file's `base_model.model.MODULE.lora_A.weight` [rank, in] and `lora_B.weight` [out, rank] are our `lora_a` [in,
 rank] and `lora_b` [rank, out] beside the kernel of that module.
@@ -7,88 +7,51 @@ rank] and `lora_b` [rank, out] beside the kernel of that module.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from pathlib import Path
-from typing import Any, Mapping
+from typing import Any
 
 import jax
 import numpy as np
 
 from mmjax import tree
-from mmjax.checkpoints import safetensors, weights
+from mmjax.checkpoints import weights
+from mmjax.checkpoints.peft.method import Base, Directory, Fields, Method
 from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
-from mmjax.families.family import Family
 from mmjax.families.keys import Rule, row, transposed
 from mmjax.models.adapters import has_port
 from mmjax.models.tuning_config import LoraConfig
 from mmjax.tree import Params
 
-NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _TENSOR = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
-# Fields that change nothing here: how the adapter was started, where it was put, what its base was.
-_NEUTRAL = set(
-    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version r lora_alpha lora_dropout revision "
-    "target_modules exclude_modules task_type use_rslora runtime_config megatron_core bias low_cpu_mem_usage "
-    "ensure_weight_tying init_lora_weights qalora_group_size".split()
-)
 # Ways of starting an adapter that also change the base's weights.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-@dataclasses.dataclass(frozen=True)
-class Adapter:
-    """A LoRA directory: our config, its base model's name, and its tensors."""
-
-    config: LoraConfig
-    base: str
-    tensors: Mapping[str, Stored]
-    directory: Path
-
-    @property
-    def rank(self) -> int:
-        return self.config.rank
+def _problems(fields: Fields) -> list[str]:
+    start, bias = str(fields.get("init_lora_weights")), fields.get("bias", "none")
+    found = [f"bias = {bias!r}"] if bias != "none" else []
+    return found + [f"init_lora_weights = {start!r}, which changes the base as well"] * start.startswith(_CHANGES_BASE)
 
 
-def read(directory: str | Path, name: str = "default") -> Adapter:
-    """The adapter of a directory, under the name it is to have here; its targets are settled by `leaves`.
-
-    Raises UserError for every field of its config that would change the result and is not supported.
-    """
-    directory = Path(directory)
-    path = directory / "adapter_config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if fields.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type = {fields.get('peft_type')!r} is not supported (only LORA)")
-    start = str(fields.get("init_lora_weights"))
-    unsupported = [
-        f"{key} = {value!r}"
-        for key, value in fields.items()
-        if key not in _NEUTRAL and value not in (None, False, 0, [], {}, "none")
-    ]
-    if fields.get("bias", "none") != "none":
-        unsupported.append(f"bias = {fields['bias']!r}")
-    if start.startswith(_CHANGES_BASE):
-        unsupported.append(f"init_lora_weights = {start!r}, which changes the base as well")
-    if unsupported:
-        raise UserError(f"{path}: not supported: {'; '.join(unsupported)}")
-    config = LoraConfig(
-        name=name,
+def _config(directory: Directory) -> LoraConfig:
+    fields = directory.fields
+    return LoraConfig(
+        name=directory.name,
         rank=int(fields["r"]),
         alpha=float(fields["lora_alpha"]),
         targets=(),
         dropout=float(fields.get("lora_dropout", 0.0)),
         rank_stabilised=bool(fields.get("use_rslora", False)),
     )
-    return Adapter(config, fields.get("base_model_name_or_path") or "", weights.read(directory, NAMES), directory)
+
+
+def _read(directory: Directory, base: Base) -> tuple[LoraConfig, Params]:
+    return leaves(_config(directory), directory, base.rules, base.family.spellings, base.params)
 
 
 def leaves(
-    adapter: Adapter, rules: list[Rule], spellings: tuple[tuple[str, str], ...], params: Params
+    config: LoraConfig, adapter: Directory, rules: list[Rule], spellings: tuple[tuple[str, str], ...], params: Params
 ) -> tuple[LoraConfig, Params]:
     """The adapter's config with its targets, and its leaves; `params` (or their shapes) are those of the base.
 
@@ -116,51 +79,36 @@ def leaves(
             continue
         if len(present) < len(modules):
             raise UserError(
-                f"{adapter.directory}: {linear} is adapted in {len(present)} of {len(modules)} layers, "
+                f"{adapter.path}: {linear} is adapted in {len(present)} of {len(modules)} layers, "
                 "which is not supported"
             )
         targets.append(linear)
         for side, leaf, shape in (
-            ("A", "lora_a", (kernel.shape[-2], adapter.rank)),
-            ("B", "lora_b", (adapter.rank, kernel.shape[-1])),
+            ("A", "lora_a", (kernel.shape[-2], config.rank)),
+            ("B", "lora_b", (config.rank, kernel.shape[-1])),
         ):
             parts = [found.pop((module, side), None) for module in modules]
             for module, part in zip(modules, parts):
                 if part is None or part.shape[::-1] != shape:
                     found_shape = "missing" if part is None else list(part.shape)
                     raise UserError(
-                        f"{adapter.directory}: lora_{side} of {module} is {found_shape}, not {list(shape[::-1])}"
+                        f"{adapter.path}: lora_{side} of {module} is {found_shape}, not {list(shape[::-1])}"
                     )
             rows = [np.asarray(part.read().T, np.float32) for part in parts if part is not None]
             value = np.stack(rows) if of_kernel.stacked else rows[0]
             if not weights.is_finite(value):
-                weights.refuse_broken([f"lora_{side} of {of_kernel.name}"], adapter.directory, value.dtype)
-            made[f"{linear}/adapters/{adapter.config.name}/{leaf}"] = jax.device_put(value)
+                weights.refuse_broken([f"lora_{side} of {of_kernel.name}"], adapter.path, value.dtype)
+            made[f"{linear}/adapters/{config.name}/{leaf}"] = jax.device_put(value)
     strange += [tensor.name for tensor in found.values()]
     if strange:
         raise UserError(
-            f"{adapter.directory} holds tensors that fit no linear layer of its base: {', '.join(sorted(strange)[:20])}"
+            f"{adapter.path} holds tensors that fit no linear layer of its base: {', '.join(sorted(strange)[:20])}"
         )
-    return dataclasses.replace(adapter.config, targets=tuple(targets)), tree.unflatten(made)
+    return dataclasses.replace(config, targets=tuple(targets)), tree.unflatten(made)
 
 
-def write(
-    params: Params,
-    config: LoraConfig,
-    rules: list[Rule],
-    family: Family,
-    directory: str | Path,
-    *,
-    base: str = "",
-    dtype: Any = None,
-) -> None:
-    """The adapter `config.name` among the leaves of `params`, as a directory that peft loads on the family's
-    transformers class.
-
-    Raises UserError for an adapted Linear that has no module of its own there.
-    """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+def _write(params: Params, config: LoraConfig, base: Base, dtype: Any) -> tuple[dict[str, Any], list[Tensor]]:
+    rules, family = base.rules, base.family
     flat, templates = tree.flatten(params), _linears(rules)
     end = f"/adapters/{config.name}/lora_a"
     adapted = [path.removesuffix(end) for path in flat if path.endswith(end)]
@@ -186,11 +134,7 @@ def write(
                     return np.asarray(row(array, i).T, kind)
 
                 made.append(Tensor(f"base_model.model.{name}.lora_{side}.weight", shape, kind, make))
-    safetensors.write_file(made, directory / NAMES[0])
     fields = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
         "r": config.rank,
         "lora_alpha": int(config.alpha) if config.alpha == int(config.alpha) else config.alpha,
         "lora_dropout": config.dropout,
@@ -198,12 +142,11 @@ def write(
         "use_dora": False,
         "bias": "none",
         "fan_in_fan_out": False,
-        "inference_mode": True,
         "init_lora_weights": True,
         "modules_to_save": None,
         "target_modules": "(" + "|".join(patterns) + ")",
     }
-    (directory / "adapter_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+    return fields, made
 
 
 def _linears(rules: list[Rule]) -> dict[str, Rule]:
@@ -214,3 +157,22 @@ def _linears(rules: list[Rule]) -> dict[str, Rule]:
         for r in alone
         if r.paths[0].endswith("/kernel") and has_port(r.paths[0])
     }
+
+
+LORA = Method(
+    peft_type="LORA",
+    known=frozenset(
+        "r lora_alpha lora_dropout target_modules exclude_modules use_rslora megatron_core bias low_cpu_mem_usage ensure_weight_tying "
+        "init_lora_weights qalora_group_size".split()
+    ),
+    refused=dict.fromkeys(
+        "rank_pattern alpha_pattern layers_to_transform layers_pattern modules_to_save trainable_token_indices lora_bias use_dora "
+        "fan_in_fan_out target_parameters megatron_config loftq_config eva_config corda_config layer_replication use_qalora arrow_config "
+        "alora_invocation_tokens kasa_config lora_ga_config monteclora_config use_bdlora velora_config".split(),
+        "not read",
+    ),
+    problems=_problems,
+    read=_read,
+    writes=lambda adapter: isinstance(adapter, LoraConfig),
+    write=_write,
+)
