@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,12 +20,24 @@ from mmjax.models.tuning_config import Adapters
 KeysValues = tuple[jax.Array, jax.Array]
 
 
+class Extra(NamedTuple):
+    """Keys and values [1 or rows, P, kv_heads (or heads), dim] that a plug adds to a layer's own. Without a gate they join its softmax,
+    seen by all; with one, [heads] or [1], they have a softmax of their own, whose result is multiplied by it, and are seen as the mask
+    says (None: by all)."""
+
+    keys: jax.Array
+    values: jax.Array
+    gate: jax.Array | None = None
+    mask: Mask | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerPorts:
     """What is plugged into one layer, already bound to its parameters; see mmjax.models.ports.
 
-    keys_values   functions of the queries [rows, T, heads, dim] to extra (keys, values [rows, P, kv_heads, dim], gate [heads] or None): without
-                  a gate they join the softmax, with one they have a softmax of their own
+    keys_values   functions of the queries [rows, T, heads, dim] and of `project` to an Extra or to None. project(states [..., P, width],
+                  adapted=True) makes the layer's own (keys, values [..., P, kv_heads, dim]) of other states, unrotated; with adapted=False
+                  as its Linears do without their adapters
     sublayer      functions (where, input, output) -> output, called with where "attention" and "mlp" before the residual sum
     before        functions x -> x, run before the block (gated cross-attention, ...)
     """
@@ -70,41 +82,65 @@ class Attention(nn.Module):
         def linear(name: str, width: int, bias: bool) -> Linear:
             return Linear(width, bias, self.adapters, self.deterministic, name=name)
 
-        def heads(name: str, count: int) -> jax.Array:
-            y = linear(name, count * c.head_dim, c.qkv_bias and (name != "key" or c.key_bias))(x)
+        linears = {
+            name: linear(name, count * c.head_dim, c.qkv_bias and (name != "key" or c.key_bias))
+            for name, count in (("query", c.heads), ("key", c.kv_heads), ("value", c.kv_heads))
+        }
+        norms: dict[str, Norm] = {}
+        if c.qk_norm:
+            norms = {
+                name: Norm(c.qk_norm, c.qk_norm_eps or c.norm_eps, name=f"{name}_norm")  # type: ignore[arg-type]
+                for name in ("query", "key")
+            }
+
+        def heads(name: str, states: jax.Array, adapted: bool = True) -> jax.Array:
+            y = linears[name](states, adapted)
             if c.clip_qkv:
                 y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
-            whole = name != "value" and c.qk_norm
-            if whole and c.qk_norm_over == "width":
-                y = Norm(c.qk_norm, c.qk_norm_eps or c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
-            y = y.reshape(*y.shape[:-1], count, c.head_dim)
-            if whole and c.qk_norm_over == "head":
-                y = Norm(c.qk_norm, c.qk_norm_eps or c.norm_eps, name=f"{name}_norm")(y)  # type: ignore[arg-type]
-            return y
+            if name in norms and c.qk_norm_over == "width":
+                y = norms[name](y)
+            y = y.reshape(*y.shape[:-1], -1, c.head_dim)
+            return norms[name](y) if name in norms and c.qk_norm_over == "head" else y
 
-        query, key, value = heads("query", c.heads), heads("key", c.kv_heads), heads("value", c.kv_heads)
+        def project(states: jax.Array, adapted: bool = True) -> KeysValues:
+            return heads("key", states, adapted), heads("value", states, adapted)
+
+        query, key, value = heads("query", x), heads("key", x), heads("value", x)
         if around.rotation is not None:
             query, key = rotate(query, *around.rotation), rotate(key, *around.rotation)
         if around.store is not None:
             key, value = around.store(key, value)
         gated = []
         for port in around.ports.keys_values:
-            more_keys, more_values, gate = port(query)
-            if gate is None:
-                key = jnp.concatenate([more_keys.astype(key.dtype), key], 1)
-                value = jnp.concatenate([more_values.astype(value.dtype), value], 1)
-                mask = dataclasses.replace(mask, free_keys=mask.free_keys + more_keys.shape[1])
+            extra = port(query, project)
+            if extra is None:
+                continue
+            if extra.gate is None:
+                more = [jnp.broadcast_to(a.astype(key.dtype), (len(key), *a.shape[1:])) for a in extra[:2]]
+                key, value = jnp.concatenate([more[0], key], 1), jnp.concatenate([more[1], value], 1)
+                mask = dataclasses.replace(mask, free_keys=mask.free_keys + more[0].shape[1])
                 if bias is not None:
-                    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (more_keys.shape[1], 0)))
+                    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (more[0].shape[1], 0)))
             else:
-                own = attention(query, more_keys, more_values, Mask(causal=False), backend=self.backend)
-                gated.append(own * gate[:, None].astype(own.dtype))
+                own = _read_apart(query, extra, c, self.backend)
+                gated.append(own * extra.gate[:, None].astype(own.dtype))
         y = attention(
             query, key, value, mask, bias=bias, softcap=c.softcap, scale=c.scale or None, backend=self.backend
         )
-        for extra in gated:
-            y = y + extra
+        for change in gated:
+            y = y + change
         return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
+
+
+def _read_apart(query: jax.Array, extra: Extra, config: BlockConfig, backend: str) -> jax.Array:
+    """What the queries [rows, T, heads, dim] read of extra keys and values in a softmax of their own."""
+    rows = query.shape[0]
+    keys, values = (jnp.broadcast_to(a, (rows, *a.shape[1:])).astype(query.dtype) for a in (extra.keys, extra.values))
+    if extra.mask is None and keys.shape[1] == 1:  # a softmax over one key is 1
+        values = jnp.repeat(values, query.shape[2] // values.shape[2], 2)
+        return jnp.broadcast_to(values, query.shape)
+    mask = Mask(causal=False) if extra.mask is None else extra.mask
+    return attention(query, keys, values, mask, softcap=config.softcap, scale=config.scale or None, backend=backend)
 
 
 class CrossAttention(nn.Module):

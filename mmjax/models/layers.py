@@ -77,7 +77,8 @@ def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """[..., in] -> [..., features]. Adapter leaves found beside the kernel change its output; see mmjax.models.adapters."""
+    """[..., in] -> [..., features]. Adapter leaves found beside the kernel change its output (see mmjax.models.adapters), but where it is
+    called with adapted=False."""
 
     features: int
     use_bias: bool = True
@@ -88,12 +89,12 @@ class Linear(nn.Module):
     wide: bool = False  # the output is float32, whatever the input is
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, adapted: bool = True) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = wide_matmul(x, kernel) if self.wide else matmul(x, kernel)
         if self.use_bias:
             y = y + self.param("bias", self.bias_init, (self.features,)).astype(y.dtype)
-        if self.has_variable("params", "adapters"):
+        if adapted and self.has_variable("params", "adapters"):
             leaves: Any = self.get_variable("params", "adapters")
             for adapter in self.adapters:
                 if adapter.name in leaves:

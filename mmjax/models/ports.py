@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models.block import LayerPorts
+from mmjax.models.block import Extra, LayerPorts
 
 Params = Mapping[str, Any]
 LONGEST = 16  # layers of a period: they are compiled one by one
@@ -24,7 +24,7 @@ LONGEST = 16  # layers of a period: they are compiled one by one
 class Plug:
     """One thing plugged into a port of some layers.
 
-    port     "keys_values": call(params, query) -> (keys, values, gate or None)
+    port     "keys_values": call(params, query, project) -> mmjax.models.block.Extra or None, see mmjax.models.block.LayerPorts
              "sublayer":    call(params, where, x, y) -> y
              "before":      call(params, x) -> x, between the previous block and this one
     layers   the decoder layers it sits on, ascending
@@ -81,11 +81,13 @@ def _switched(plug: Plug, params: Params, present: jax.Array | None) -> Callable
         return lambda *args: plug.call(params, *args)
     if plug.port == "keys_values":
 
-        def gated(query: jax.Array):
-            keys, values, gate = plug.call(params, query)
-            if gate is None:
+        def gated(query: jax.Array, project: Callable) -> Extra | None:
+            extra = plug.call(params, query, project)
+            if extra is None:
+                return None
+            if extra.gate is None:
                 raise ValueError(f"plug {plug.name!r}: ungated keys and values cannot be absent from some layers of a scanned group")
-            return keys, values, jnp.where(present, gate, 0)
+            return extra._replace(gate=jnp.where(present, extra.gate, 0))
 
         return gated
     return lambda *args: jnp.where(present, plug.call(params, *args), args[-1])

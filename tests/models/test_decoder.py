@@ -11,6 +11,7 @@ import pytest
 from mmjax import tree
 from mmjax.models import decoder, layers, multimodal, position_bias
 from mmjax.models.attention import Mask
+from mmjax.models.block import Extra
 from mmjax.models.config import Execution, RelativeBias
 from mmjax.models.ports import Plug
 from tests.models import tiny
@@ -124,7 +125,7 @@ def test_a_plug_acts_on_its_layers_alone(port, where):
     config, params = whole.llm, tiny.random_params(whole)["llm"]
     rng = np.random.default_rng(0)
     calls = {
-        "keys_values": lambda p, q: (
+        "keys_values": lambda p, q, project: Extra(
             jnp.broadcast_to(p["w"].reshape(1, 1, 2, 8), (q.shape[0], 3, 2, 8)),
             jnp.ones((q.shape[0], 3, 2, 8)),
             p["gate"],
@@ -161,7 +162,7 @@ def test_prefix_keys_join_the_softmax():
     keys, values = (
         (h @ layer["attention"][n]["kernel"]).reshape(1, 2, 2, 8) for n in ("key", "value")
     )
-    plug = Plug("prefix", "keys_values", (0,), lambda p, q: (p["keys"], p["values"], None))
+    plug = Plug("prefix", "keys_values", (0,), lambda p, q, project: Extra(p["keys"], p["values"]))
     got = plugged(config, params, plug, {"keys": keys[None], "values": values[None]}, x[:, 2:])
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
