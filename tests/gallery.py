@@ -44,6 +44,7 @@ ROWS, IN_ROW = 4, 6  # rows of a step, and captions that a row has room for
 JOINED = 3  # photographs with their captions in one document
 TEXT = 40  # tokens of a caption and what its template puts around it
 RATE = 3e-3
+WIDTH = 64  # of a perceiver between the encoder and the blocks that read it
 SIZE = 160  # side of the pictures; those of Flickr8k are stored at this size
 HELD_OUT = 500
 PICTURES = 2000  # training photographs, each with five captions
@@ -95,6 +96,8 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
     seen: dict[str, Any] = {"feature_layers": (-1,), "post_norm": False, "keep_class_token": False}
     seen["image"] = dataclasses.replace(small.model.image, size=SIZE)
     connector = small.model.connector
+    if small.model.cross_attention.every and not connector.hidden_width:  # else as wide as MobileNetV2's 1280 channels
+        connector = dataclasses.replace(connector, hidden_width=WIDTH)
     if parts["llm"].path:  # its tokenizer does not know the template's marks
         tokenizer = read_tokenizer(chosen.llm)
         named = {small.model.template, *(stage.template for stage in small.stages.values())} - {""}
