@@ -20,6 +20,7 @@ import json
 import logging
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -72,10 +73,11 @@ def main(arguments: list[str]) -> int:
         workdir.mkdir(parents=True)
         settings = [f"--{key}={getattr(chosen, key)}" for key in ("llm", "vision", "data", "samples")]
         command = [sys.executable, "-m", "tests.gallery", name, "--alone", f"--out={workdir}", *settings]
-        began = time.perf_counter()
+        began, used = time.perf_counter(), _processor_seconds()
         with (workdir / "log.txt").open("w") as log:
             code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
-        rows.append(_row(name, workdir, code, time.perf_counter() - began))
+        spent = {"seconds": time.perf_counter() - began, "processor_seconds": _processor_seconds() - used}
+        rows.append({**_row(name, workdir, code), **spent})
         print(line(rows[-1]), flush=True)
     (chosen.out / "gallery.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("\n" + table(rows))
@@ -134,20 +136,20 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
 def line(row: dict) -> str:
     figures = [f"{row[key]:.3f}" if row[key] is not None else "-" for key in ("seen", "shuffled", "withheld")]
     verdict = "beats its blind twin" if row["beats"] else "DOES NOT beat its blind twin"
-    return f"{row['name']:<18} CIDEr-D {figures[0]}  shuffled {figures[1]}  withheld {figures[2]}  {row['seconds']:.0f} s  {verdict}"
+    return f"{row['name']:<18} CIDEr-D {figures[0]}  shuffled {figures[1]}  withheld {figures[2]}  {row['seconds']:.0f} s ({row['processor_seconds']:.0f} s of processor)  {verdict}"
 
 
 def table(rows: list[dict]) -> str:
     """The rows in Markdown."""
-    head = "| recipe | stages | CIDEr-D | photographs shuffled | withheld | ratio | BLEU-4 | seconds |"
+    head = "| recipe | stages | CIDEr-D | photographs shuffled | withheld | ratio | BLEU-4 | seconds | of processor |"
     lines = [head, "|" + " --- |" * head.count(" | ") + " --- |"]
     for row in rows:
         if row["seen"] is None:
-            lines.append(f"| {row['name']} | failed | | | | | | {row['seconds']:.0f} |")
+            lines.append(f"| {row['name']} | failed | | | | | | {row['seconds']:.0f} | {row['processor_seconds']:.0f} |")
             continue
         ratio = row["seen"] / max(row["shuffled"], 1e-9)
         cells = [row["name"], ", ".join(row["stages"]), *(f"{row[k]:.3f}" for k in ("seen", "shuffled", "withheld"))]
-        lines.append("| " + " | ".join([*cells, f"{ratio:.1f}", f"{row['bleu4']:.1f}", f"{row['seconds']:.0f}"]) + " |")
+        lines.append("| " + " | ".join([*cells, f"{ratio:.1f}", f"{row['bleu4']:.1f}", f"{row['seconds']:.0f}", f"{row['processor_seconds']:.0f}"]) + " |")
     return "\n".join(lines)
 
 
@@ -161,13 +163,19 @@ def _train(recipe: Recipe, workdir: Path) -> int:
     return 0
 
 
-def _row(name: str, workdir: Path, code: int, seconds: float) -> dict:
+def _processor_seconds() -> float:
+    """Of all finished processes that this one started, over all cores."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def _row(name: str, workdir: Path, code: int) -> dict:
     found = json.loads((workdir / "results.json").read_text()) if code == 0 else {}
     seen, shuffled, withheld = (found.get(f"cider_d{suffix}") for suffix in ("", "_shuffled", "_withheld"))
     stages = json.loads((workdir / "recipe.json").read_text())["run"] if code == 0 else []
     beats = seen is not None and seen >= 1.5 * shuffled and seen > withheld
     figures = {"seen": seen, "shuffled": shuffled, "withheld": withheld, "bleu4": found.get("bleu4")}
-    return {"name": name, "stages": stages, **figures, "seconds": seconds, "beats": beats}
+    return {"name": name, "stages": stages, **figures, "beats": beats}
 
 
 def _llm(full: Recipe, small: Recipe, path: Path) -> Part:
