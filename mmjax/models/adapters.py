@@ -1,73 +1,410 @@
-"""Adapters on the linear port: made beside the weights they change, merged into them, taken off again."""
+"""Adapters beside weights: where they sit, how they begin, how layers get to read them, how they are merged.
+
+The leaves of an adapter stand beside what they change, `PATH/adapters/NAME/...`:
+
+    of a Linear               see mmjax.models.lora and mmjax.models.elementwise; where ranks or alphas differ between its layers, those
+                              of one rank and alpha below `rankR_alphaA/`
+    kernel, bias, scale, ...  named like a leaf at PATH: a copy of it, which takes its place (norm tuning, LoRA's biases)
+    rows                      copies of the rows `token_ids` of the embedding table at PATH
+
+A leaf covers the layers that its targets choose, k rows for k layers, and is stored, trained and counted at that size. `bound` makes of
+the parameters what layers read: rows for all layers, those without the adapter getting what changes nothing; replaced leaves in their
+places; and the weights of the call. These stand at `adapter_weights/NAME` among the parameters, one number or one for each row of
+the batch; an adapter without one counts in full, and one that is not in config.adapters not at all.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax import tree
+from mmjax.errors import UserError
+from mmjax.models import elementwise, linear_port, lora
 from mmjax.models.config import ModelConfig
-from mmjax.models.tuning_config import LoraConfig
+from mmjax.models.kernels import stored
+from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, NormConfig
 
 Params = dict[str, Any]
+Layers = tuple[int, ...] | None  # of a stack; None where there is none
+Leaves = dict[str, Any]
+WEIGHTS = "adapter_weights"
+BESIDE = (LoraConfig, Ia3Config, AffineConfig, NormConfig)  # the kinds whose leaves stand beside weights
+EMBED, HEAD = "llm/embed", "llm/head"
+_OWN = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "ia3", "ia3_input", "affine_scale", "affine_bias")  # beside a Linear
+_NOTHING = {"ia3": 1.0, "ia3_input": 1.0, "affine_scale": 1.0}  # what changes nothing, where that is not 0
 
 
-def linears(params: Params, adapter: LoraConfig) -> list[str]:
-    """Paths (without `/kernel`) of the Linears that an adapter's targets choose.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Leaves of an adapter that stand together.
 
-    Raises ValueError for a target that chooses none, and for dropout where there is none.
+    path         the Linear, norm or table that they change
+    at           the path below which they stand
+    layers       the layers that they cover
+    rank, alpha  of LoRA's two matrices; 0 where there are none
+    copies       names of leaves at `path` of which they are copies
+    rows         rows of the table of which they are copies
     """
-    paths = [
-        path.removesuffix("/kernel")
-        for path, leaf in tree.flatten(params).items()
-        if path.endswith("/kernel") and len(leaf.shape) < 4 and has_port(path)  # convolutions and experts have none
-    ]
-    for target in adapter.targets:
-        if not any(tree.matches(path, target) for path in paths):
-            raise ValueError(f"adapter {adapter.name!r}: target {target!r} matches no linear layer; there are {', '.join(paths)}")
-    chosen = [path for path in paths if any(tree.matches(path, target) for target in adapter.targets)]
-    if adapter.dropout and (plugged := [path for path in chosen if path.startswith("llm/plugs/")]):
-        raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {', '.join(plugged)}")
-    return chosen
+
+    path: str
+    at: str
+    layers: Layers = None
+    rank: int = 0
+    alpha: float = 0.0
+    copies: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
-def has_port(path: str) -> bool:
-    """Whether the Linear at a path reads adapters: those of blocks, plugs and connectors do, but not routers, heads or embeddings."""
-    return (tree.is_stacked(path) or path.startswith("connector/")) and "/router" not in path
+def places(params: Params, config: ModelConfig, adapter: Adapter, strict: bool = True) -> list[Place]:
+    """Where an adapter's leaves stand. `params` may be shapes, or, if not `strict`, those of some parts of the model.
+
+    Raises ValueError, if `strict`, for a target that chooses nothing.
+    """
+    if not isinstance(adapter, BESIDE):
+        return []
+    flat, found = _under(params, config), []
+    what = f"adapter {adapter.name!r}: target"
+    if isinstance(adapter, NormConfig):
+        norms = {path.removesuffix("/scale"): leaf.shape for path, leaf in flat.items() if path.endswith("/scale")}
+        for path, layers in _chosen(norms, adapter.targets, what, "norm", strict).items():
+            names = tuple(name for name in ("scale", "bias") if f"{path}/{name}" in flat)
+            found.append(Place(path, f"{path}/adapters/{adapter.name}", layers, copies=names))
+    else:
+        linears = _linears(flat, isinstance(adapter, LoraConfig))
+        chosen = _chosen(linears, adapter.targets, what, "linear layer", strict)
+        for path, layers in chosen.items():
+            found += _of_linear(path, layers, linears[path][0], adapter)
+            if isinstance(adapter, LoraConfig) and adapter.bias == "lora_only" and f"{path}/bias" in flat:
+                found.append(Place(path, f"{path}/adapters/{adapter.name}", layers, copies=("bias",)))
+    return found + list(_copied(flat, adapter, strict))
 
 
 def add(key: jax.Array, params: Params, config: ModelConfig) -> Params:
-    """The parameters with fresh float32 leaves for each of config.adapters that has none yet.
+    """The parameters with fresh float32 leaves for each of config.adapters that has none yet, at their published init: the adapted model
+    equals the base."""
+    return settle(draw(key, params, config), params, config)
 
-    lora_a [layers, in, rank] ~ U(-1/sqrt(in), 1/sqrt(in)) (Kaiming-uniform with a = sqrt 5, as in PEFT), lora_b [layers, rank, out] = 0, so
-    that the adapted model equals the base.
+
+def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
+    """What `add` makes of shapes alone: leaves that follow from weights are still empty, for `settle` to fill.
+
+    Raises ValueError for targets that choose nothing, and for dropout where there is none.
     """
-    fresh = {}
+    flat, fresh = _with_tied_head(tree.flatten(params), config), {}
     for adapter in config.adapters:
-        for path in linears(params, adapter):
-            leaf = f"{path}/adapters/{adapter.name}"
-            kernel = tree.flatten(params)[f"{path}/kernel"]
-            if f"{leaf}/lora_a" in tree.flatten(params):
-                continue
-            *stack, inputs, outputs = kernel.shape
-            key, draw = jax.random.split(key)
-            bound = inputs**-0.5
-            fresh[f"{leaf}/lora_a"] = jax.random.uniform(draw, (*stack, inputs, adapter.rank), minval=-bound, maxval=bound)
-            fresh[f"{leaf}/lora_b"] = jnp.zeros((*stack, adapter.rank, outputs))
+        for place in places(params, config, adapter):
+            if getattr(adapter, "dropout", 0.0) and place.path.startswith("llm/plugs/"):
+                raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {place.path}")
+            leaves: Leaves = {name: jnp.zeros(_cut(flat[of].shape, place)) for name, of in _originals(place).items()}
+            shape = () if leaves else _cut(flat[_weight_at(place.path)].shape, place)
+            if place.rank and f"{place.at}/lora_a" not in flat:
+                key, own = jax.random.split(key)
+                assert isinstance(adapter, LoraConfig)
+                leaves = lora.draw(own, adapter, shape, place.rank, table=place.path == EMBED)
+            elif isinstance(adapter, Ia3Config | AffineConfig) and not leaves:
+                leaves = elementwise.draw(adapter, place.path, shape)
+            fresh |= {f"{place.at}/{name}": leaf for name, leaf in leaves.items() if f"{place.at}/{name}" not in flat}
     return tree.merge(params, tree.unflatten(fresh))
 
 
-def merge(params: Params, config: ModelConfig) -> Params:
-    """The parameters with every adapter added into its kernel (in float32, stored in the kernel's dtype) and its leaves gone."""
-    scales = {adapter.name: adapter.scale for adapter in config.adapters}
-    flat = tree.flatten(params)
-    merged = {path: leaf for path, leaf in flat.items() if "/adapters/" not in path}
-    for path, lora_a in flat.items():
-        if path.endswith("/lora_a"):
-            linear, name = path.removesuffix("/lora_a").rsplit("/adapters/", 1)
-            kernel = merged[f"{linear}/kernel"]
-            change = lora_a.astype(jnp.float32) @ flat[path.removesuffix("a") + "b"].astype(jnp.float32) * scales[name]
-            merged[f"{linear}/kernel"] = (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
-    return tree.unflatten(merged)
+def settle(params: Params, before: Params, config: ModelConfig) -> Params:
+    """`draw`'s parameters with the leaves that follow from weights: copies, and DoRA's magnitudes. Leaves that were there `before` stay
+    as they are."""
+    flat, old, made = _with_tied_head(tree.flatten(params), config), tree.flatten(before), {}
+    for adapter in config.adapters:
+        for place in places(params, config, adapter):
+            follow: Leaves = {name: _copy(flat[of], place) for name, of in _originals(place).items()}
+            if isinstance(adapter, LoraConfig) and adapter.dora and place.rank:
+                leaves = {name: flat[f"{place.at}/{name}"] for name in ("lora_a", "lora_b")}
+                leaves["factor"] = jnp.full(leaves["lora_a"].shape[:-2], adapter.scale_of(place.rank, place.alpha))
+                follow = {"lora_magnitude": lora.magnitudes(_copy(flat[_weight_at(place.path)], place), leaves, adapter)}
+            made |= {f"{place.at}/{name}": leaf for name, leaf in follow.items() if f"{place.at}/{name}" not in old}
+    return tree.merge(params, tree.unflatten(made))
+
+
+def bound(params: Params, config: ModelConfig, part: str, rows: int | None = None) -> Params:
+    """params[part] as its layers read it (see above), for a batch of so many rows; None where the part reads no rows of text.
+
+    A Linear that is run without its adapters (has_port) gets them merged into its kernel, for this step.
+    """
+    if part not in params:
+        return {}
+    flat = tree.flatten({part: params[part]})
+    if not any("/adapters/" in path for path in flat):
+        return params[part]
+    bare, found = _bind(flat, config, params.get(WEIGHTS, {}), rows)
+    for path, present in found.items():
+        if has_port(path):
+            bare |= {f"{path}/adapters/{adapter.name}/{name}": leaf for adapter, leaves in present for name, leaf in leaves.items()}
+        else:
+            _merge_into(bare, path, present, jnp.float32)
+    return tree.unflatten(bare)[part]
+
+
+def merge(params: Params, config: ModelConfig, weights: Mapping[str, float] = {}) -> tuple[Params, ModelConfig]:
+    """The parameters with every adapter that stands beside weights merged into them (in float32, stored in the dtype they had), and
+    their shapes. A tied head of which only one side is changed gets a kernel of its own; a Linear may get a bias."""
+    flat = {path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(f"{WEIGHTS}/")}
+    bare, found = _bind(flat, config, {name: jnp.float32(weight) for name, weight in weights.items()}, None)
+    bare = {path: leaf.astype(stored(flat[path]).dtype) if leaf is not flat.get(path) and path in flat else leaf for path, leaf in bare.items()}
+    tied = config.llm is not None and config.llm.has_head and config.llm.tied_head
+    if tied and found.keys() & {EMBED, HEAD}:
+        bare.setdefault(f"{HEAD}/kernel", bare[f"{EMBED}/embedding"].T)
+    for path, present in found.items():
+        _merge_into(bare, path, present)
+    left = tuple(adapter for adapter in config.adapters if not isinstance(adapter, BESIDE))
+    config = dataclasses.replace(config, adapters=left)
+    if tied and f"{HEAD}/kernel" in bare:
+        config = dataclasses.replace(config, llm=dataclasses.replace(config.language, tied_head=False))
+        if f"{EMBED}/new_rows" in bare:
+            bare.setdefault(f"{HEAD}/new_rows", bare[f"{EMBED}/new_rows"])
+    return tree.unflatten(bare), config
+
+
+def has_port(path: str) -> bool:
+    """Whether the Linear at a path is run with its adapters: those of blocks, plugs and connectors, the head, and the table of tokens."""
+    return tree.is_stacked(path) or path.startswith("connector/") or path in (EMBED, HEAD)
+
+
+def _under(params: Params, config: ModelConfig) -> Leaves:
+    """The leaves that adapters may change: all but those of adapters, and the kernel of a tied head as if it were a leaf."""
+    own = tuple(f"/{port}/{adapter.name}/" for adapter in config.adapters for port in ("plugs", "prompts"))
+    flat = tree.flatten({part: leaves for part, leaves in params.items() if part != WEIGHTS})
+    flat = {path: leaf for path, leaf in flat.items() if "/adapters/" not in path and not any(name in path for name in own)}
+    return _with_tied_head(flat, config)
+
+
+def _with_tied_head(flat: Leaves, config: ModelConfig) -> Leaves:
+    table = flat.get(f"{EMBED}/embedding")
+    if table is None or config.llm is None or not (config.llm.has_head and config.llm.tied_head):
+        return flat
+    turned = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype) if isinstance(table, jax.ShapeDtypeStruct) else table.T
+    return {**flat, f"{HEAD}/kernel": turned}
+
+
+def _linears(flat: Leaves, tables: bool) -> dict[str, tuple[int, ...]]:
+    """Path -> shape of the kernels that have a port: not those of convolutions, experts and routers; the `tables` of tokens among them."""
+    found = {
+        path.removesuffix("/kernel"): leaf.shape
+        for path, leaf in flat.items()
+        if path.endswith("/kernel") and len(leaf.shape) == 2 + tree.is_stacked(path) and "/router" not in path
+    }
+    if tables and f"{EMBED}/embedding" in flat:
+        found[EMBED] = flat[f"{EMBED}/embedding"].shape
+    return found
+
+
+def _chosen(
+    found: Mapping[str, tuple[int, ...]], globs: tuple[str, ...], what: str, kind: str, strict: bool
+) -> dict[str, Layers]:
+    """Path -> layers of what the globs name. `**` does not reach what stands alone, outside of stacks and connectors: heads, tables."""
+    chosen: dict[str, set[int] | None] = {}
+    for glob in globs:
+        matching = [path for path in found if tree.matches(path, glob)]
+        matching = [path for path in matching if "**" not in glob or kind == "norm" or (has_port(path) and path not in (EMBED, HEAD))]
+        if not matching and strict:
+            raise ValueError(f"{what} {glob!r} matches no {kind}; there are {', '.join(found)}")
+        for path in matching:
+            if not tree.is_stacked(path):
+                chosen[path] = None
+                continue
+            start, stop = tree.layer_range(glob) or (None, None)
+            layers = range(found[path][0])[start:stop]
+            if not layers and strict:
+                raise ValueError(f"{what} {glob!r} chooses no layers: {path} has layers 0 to {found[path][0] - 1}")
+            chosen[path] = {*(chosen.get(path) or ()), *layers}
+    return {path: None if (layers := chosen[path]) is None else tuple(sorted(layers)) for path in found if path in chosen}
+
+
+def _of_linear(path: str, layers: Layers, depth: int, adapter: Adapter) -> Iterator[Place]:
+    """The places of its matrices or factors: one for each rank and alpha."""
+    at = f"{path}/adapters/{adapter.name}"
+    if not isinstance(adapter, LoraConfig):
+        yield Place(path, at, layers)
+        return
+
+    def named(pattern: tuple[tuple[str, Any], ...], layer: int, default: Any) -> Any:
+        for glob, value in pattern:
+            start, stop = tree.layer_range(glob) or (None, None)
+            if tree.matches(path, glob) and (layers is None or layer in range(depth)[start:stop]):
+                return value
+        return default
+
+    groups: dict[tuple[int, float], list[int]] = {}
+    for layer in (0,) if layers is None else layers:
+        kind = named(adapter.rank_pattern, layer, adapter.rank), named(adapter.alpha_pattern, layer, adapter.alpha)
+        groups.setdefault(kind, []).append(layer)
+    for (rank, alpha), some in groups.items():
+        own = at if len(groups) == 1 else f"{at}/rank{rank}_alpha{alpha:g}"
+        yield Place(path, own, None if layers is None else tuple(some), rank, alpha)
+
+
+def _copied(flat: Leaves, adapter: Adapter, strict: bool) -> Iterator[Place]:
+    """The places of copies that do not depend on the targets."""
+    whole: dict[str, None] = {}
+    for glob in getattr(adapter, "whole", ()):
+        paths = [path for path in flat if tree.matches(path, glob)]
+        if not paths and strict:
+            raise ValueError(f"adapter {adapter.name!r}: whole {glob!r} matches no leaf")
+        whole.update(dict.fromkeys(paths))
+    if isinstance(adapter, LoraConfig) and adapter.bias == "all":
+        whole.update(dict.fromkeys(path for path in flat if path.endswith("/bias")))
+    if isinstance(adapter, LoraConfig) and adapter.token_ids and f"{EMBED}/embedding" in flat:
+        yield Place(EMBED, f"{EMBED}/adapters/{adapter.name}", copies=("embedding",), rows=adapter.token_ids)
+    for path in whole:
+        site, name = path.rsplit("/", 1)
+        layers = tuple(range(flat[path].shape[0])) if tree.is_stacked(path) else None
+        yield Place(site, f"{site}/adapters/{adapter.name}", layers, copies=(name,))
+
+
+def _originals(place: Place) -> dict[str, str]:
+    """Name of a copy -> the leaf that it copies."""
+    return {"rows" if place.rows else name: f"{place.path}/{name}" for name in place.copies}
+
+
+def _weight_at(path: str) -> str:
+    """The kernel of the Linear, or the table, at a path."""
+    return f"{path}/embedding" if path == EMBED else f"{path}/kernel"
+
+
+def _cut(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
+    """Of a leaf that covers some of the layers, or of the rows."""
+    some = place.rows or place.layers
+    return tuple(shape) if some is None else (len(some), *shape[1:])
+
+
+def _copy(leaf: jax.Array, place: Place) -> jax.Array:
+    some = place.rows or place.layers
+    leaf = leaf if some is None or some == tuple(range(len(leaf))) else leaf[np.array(some)]
+    return stored(leaf).astype(jnp.float32)
+
+
+def _bind(
+    leaves: Leaves, config: ModelConfig, weights: Mapping[str, Any], rows: int | None
+) -> tuple[Leaves, dict[str, list[tuple[Adapter, Leaves]]]]:
+    """The leaves under the adapters, with copies in their places; and path of a Linear or table -> the adapters that change it, in their
+    order, with their leaves: rows for all layers, with what tells the layers and the rows of the batch apart."""
+    bare = {path: leaf for path, leaf in leaves.items() if "/adapters/" not in path}
+    nested, flat = tree.unflatten(leaves), _with_tied_head(leaves, config)
+    found: dict[str, list[tuple[Adapter, Leaves]]] = {}
+    instead: dict[str, list[tuple[jax.Array, Any]]] = {}
+    for adapter in config.adapters:
+        weight = _weight(weights.get(adapter.name), adapter, rows)
+        groups: dict[str, list[tuple[Place, Leaves]]] = {}
+        for place in places(nested, config, adapter, strict=False):
+            for name, of in _originals(place).items():
+                if (path := f"{place.at}/{name}") in flat:
+                    instead.setdefault(of, []).append((_laid_over(flat[of], flat[path], place), weight))
+                    if of == f"{EMBED}/embedding" and not place.rows and f"{HEAD}/kernel" in flat:
+                        bare[f"{HEAD}/kernel"] = flat[f"{HEAD}/kernel"]  # a tied head stays with the table under the copy
+            own = {} if place.copies else {name: flat[path] for name in _OWN if (path := f"{place.at}/{name}") in flat}
+            if own:
+                groups.setdefault(place.path, []).append((place, own))
+        for path, group in groups.items():
+            depth = flat[_weight_at(path)].shape[0] if tree.is_stacked(path) else None
+            found.setdefault(path, []).append((adapter, _for_all_layers(depth, adapter, group, weight)))
+    for path, news in instead.items():
+        bare[path] = _replaced(flat[path], news, path)
+    return bare, found
+
+
+def _weight(weight: Any, adapter: Adapter, rows: int | None) -> jax.Array | None:
+    """Of an adapter in this call: (), or [rows]; None where it counts in full."""
+    if weight is None or jnp.ndim(weight) == 0:
+        return weight
+    if rows is None:
+        raise UserError(
+            f"adapter {adapter.name!r} changes more than the language model, whose rows alone can have weights of their own: give it one "
+            "weight for all rows"
+        )
+    return jnp.repeat(weight, rows // len(weight))  # copies of a row (beams) stand one after another
+
+
+def _laid_over(original: jax.Array, copy: jax.Array, place: Place) -> jax.Array:
+    """The copy of some layers or rows, with the others as they are."""
+    some = place.rows or place.layers
+    if some is None or some == tuple(range(len(original))):
+        return copy
+    wide = stored(original)
+    return wide.astype(jnp.promote_types(wide.dtype, copy.dtype) if place.layers else wide.dtype).at[np.array(some)].set(copy)
+
+
+def _replaced(original: jax.Array, news: list[tuple[jax.Array, Any]], path: str) -> jax.Array:
+    """A leaf with what takes its place: the copies of several adapters, or weighed ones, add their differences from it."""
+    if len(news) == 1 and news[0][1] is None:
+        return news[0][0]
+    under = stored(original).astype(jnp.float32)
+    layer_rank = under.ndim - tree.is_stacked(path)
+    total: Any = under
+    for new, weight in news:
+        change = new.astype(jnp.float32) - under
+        if weight is not None and weight.ndim:
+            if layer_rank != 1:
+                raise UserError(f"{path} is trained whole by an adapter, which so has one weight for all rows of a batch")
+            total, change = (x if x.ndim > under.ndim else x[..., None, :] for x in (total, change))
+            change = change * weight[:, None]
+        elif weight is not None:
+            change = change * weight
+        if total.ndim > change.ndim:
+            change = change[..., None, :]
+        total = total + change
+    return total
+
+
+def _for_all_layers(depth: int | None, adapter: Adapter, group: list[tuple[Place, Leaves]], weight: Any) -> Leaves:
+    """The leaves of one Linear's adapter with a row for each of its `depth` layers, beside a `factor` (LoRA's scale, where it is not
+    the adapter's own) and a `weight` where there is one for the call, or layers that the others must tell from those without."""
+    some = [place.layers or () for place, _ in group]
+    everywhere = depth is None or some == [tuple(range(depth))]
+    made: Leaves = dict(group[0][1])
+    if not everywhere:
+        for name, leaf in group[0][1].items():
+            shapes = [leaves[name].shape[1:] for _, leaves in group]
+            whole = jnp.full((depth, *(max(sizes) for sizes in zip(*shapes))), _NOTHING.get(name, 0.0), leaf.dtype)
+            for layers, (_, leaves) in zip(some, group):
+                at = (np.array(layers), *(slice(size) for size in leaves[name].shape[1:]))
+                whole = whole.at[at].set(leaves[name])
+            made[name] = whole
+    if isinstance(adapter, LoraConfig):
+        scales = [adapter.scale_of(place.rank, place.alpha) for place, _ in group]
+        if scales != [adapter.scale]:
+            made["factor"] = jnp.float32(scales[0]) if depth is None else _spread(depth, some, scales)
+        if adapter.dora and not everywhere:
+            assert depth is not None
+            present = _spread(depth, some, [1.0] * len(some))
+            weight = present if weight is None else present * weight if weight.ndim == 0 else present[:, None] * weight
+            return {**made, "weight": weight}
+    if weight is not None:
+        made["weight"] = weight if depth is None else jnp.broadcast_to(weight, (depth, *weight.shape))
+    return made
+
+
+def _spread(depth: int, layers: list[tuple[int, ...]], values: list[float]) -> jax.Array:
+    whole = np.zeros(depth, np.float32)
+    for some, value in zip(layers, values):
+        whole[list(some)] = value
+    return jnp.asarray(whole)
+
+
+def _merge_into(bare: Leaves, path: str, found: list[tuple[Adapter, Leaves]], dtype: Any = None) -> None:
+    """Puts the changes of a Linear or table into its leaves, layer by layer; they stay in the dtype that they have, or get this one."""
+    adapters = [adapter for adapter, _ in found]
+
+    def one(inputs: tuple[jax.Array, jax.Array | None, list[Leaves]]) -> tuple[jax.Array, jax.Array | None]:
+        kernel, bias, leaves = inputs
+        made, more = linear_port.merged(
+            stored(kernel).astype(jnp.float32), None if bias is None else bias.astype(jnp.float32), list(zip(adapters, leaves))
+        )
+        made = made.astype(dtype or stored(kernel).dtype)
+        return made, more if more is None else more.astype(dtype or (jnp.float32 if bias is None else bias.dtype))
+
+    inputs = bare[_weight_at(path)], bare.get(f"{path}/bias"), [leaves for _, leaves in found]
+    made, more = jax.lax.map(one, inputs) if tree.is_stacked(path) else one(inputs)
+    bare[_weight_at(path)] = made
+    if more is not None:
+        bare[f"{path}/bias"] = more

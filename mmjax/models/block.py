@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.experts import MixtureOfExperts
-from mmjax.models.layers import MLP, Linear, Norm, apply, dropped
+from mmjax.models.kernels import dropped
+from mmjax.models.layers import MLP, Linear, Norm, apply
 from mmjax.models.rope import rotate
 from mmjax.models.tuning_config import Adapters
 

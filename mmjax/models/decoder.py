@@ -21,7 +21,8 @@ from mmjax.models import new_rows, ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import DecoderConfig, Execution
-from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, fan_in_normal, matmul
+from mmjax.models.kernels import matmul
+from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, fan_in_normal
 from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from mmjax.models.block_config import Activation, Experts
-from mmjax.models.layers import ACTIVATIONS, matmul, stored
+from mmjax.models.kernels import matmul, stored
+from mmjax.models.layers import ACTIVATIONS
 from mmjax.parallel.mesh import DATA_AXES, data_shards
 
 
@@ -102,7 +103,7 @@ def _run(
 def grouped(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
     """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out].
 
-    Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.layers.matmul).
+    Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.kernels.matmul).
     """
     return jax.lax.ragged_dot(x, stored(kernels).astype(x.dtype), sizes)
 

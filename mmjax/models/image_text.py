@@ -19,7 +19,8 @@ from mmjax.models import qformer
 from mmjax.models.block import KeysValues
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
-from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, matmul
+from mmjax.models.kernels import matmul
+from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply
 from mmjax.models.qformer import Params, Text
 from mmjax.models.tuning_config import Adapters
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Callable
 
 import flax.linen as nn
@@ -9,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import tree
+from mmjax.models import linear_port
 from mmjax.models.block_config import Activation, NormKind
-from mmjax.models.tuning_config import LoraConfig
+from mmjax.models.kernels import matmul, wide_matmul
+from mmjax.models.tuning_config import Adapters
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -41,48 +44,13 @@ def as_torch_starts(key: jax.Array, params: tree.Params) -> tree.Params:
     return tree.unflatten(flat)
 
 
-@jax.checkpoint
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] @ kernel [in, out] in x's dtype.
-
-    Checkpointed so that the cast of a stored (bfloat16, say) kernel is made again in the backward pass: kept instead, the
-    casts of all scanned layers would stand in memory at once. The product itself is never made twice.
-    """
-    return x @ stored(kernel).astype(x.dtype)
-
-
-@jax.checkpoint
-def wide_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`matmul` whose sums, kept in float32, are its result."""
-    return jnp.matmul(x, stored(kernel).astype(x.dtype), preferred_element_type=jnp.float32)
-
-
-def stored(kernel: jax.Array) -> jax.Array:
-    """The numbers of a kernel that is kept as raw bfloat16 bits (uint16); any other kernel as it is.
-
-    XLA:CPU cannot slice bfloat16 and widens a whole stack of layers to float32 to do it; bits it slices. `as_bits` makes them.
-    """
-    return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16) if kernel.dtype == jnp.uint16 else kernel
-
-
-def as_bits(kernel: jax.Array) -> jax.Array:
-    """A bfloat16 kernel as its bits, without a copy; anything else as it is. Only for frozen kernels: bits have no gradient."""
-    return kernel.view(jnp.uint16) if kernel.dtype == jnp.bfloat16 else kernel
-
-
-def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """x with a share `rate` (to 1/65536) of its numbers set to 0 and the others scaled up (arXiv 1207.0580)."""
-    keep = jax.random.bits(key, x.shape, jnp.uint16) >= round(rate * 2**16)
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
 class Linear(nn.Module):
-    """[..., in] -> [..., features]. Adapter leaves found beside the kernel change its output (see mmjax.models.adapters), but where it is
-    called with adapted=False."""
+    """[..., in] -> [..., features]. Adapter leaves found beside the kernel change what it makes (see mmjax.models.linear_port), but
+    where it is called with adapted=False."""
 
     features: int
     use_bias: bool = True
-    adapters: tuple[LoraConfig, ...] = ()
+    adapters: Adapters = ()
     deterministic: bool = True
     kernel_init: Callable = fan_in_normal
     bias_init: Callable = nn.initializers.zeros
@@ -91,20 +59,28 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, adapted: bool = True) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = wide_matmul(x, kernel) if self.wide else matmul(x, kernel)
-        if self.use_bias:
-            y = y + self.param("bias", self.bias_init, (self.features,)).astype(y.dtype)
-        if adapted and self.has_variable("params", "adapters"):
-            leaves: Any = self.get_variable("params", "adapters")
-            for adapter in self.adapters:
-                if adapter.name in leaves:
-                    y = y + self._low_rank(x, leaves[adapter.name], adapter)
-        return y
+        bias = None
+        if self.use_bias or self.has_variable("params", "bias"):  # merged adapters may leave one
+            bias = vector(self, "bias", self.bias_init, self.features)
 
-    def _low_rank(self, x: jax.Array, leaf: dict[str, jax.Array], adapter: LoraConfig) -> jax.Array:
-        if adapter.dropout and not self.deterministic:
-            x = dropped(x, adapter.dropout, self.make_rng("dropout"))
-        return matmul(matmul(x, leaf["lora_a"]), leaf["lora_b"]) * jnp.asarray(adapter.scale, x.dtype)
+        def product(x: jax.Array) -> jax.Array:
+            return wide_matmul(x, kernel) if self.wide else matmul(x, kernel)
+
+        if not (adapted and self.has_variable("params", "adapters")):
+            return linear_port.with_bias(product(x), bias)
+        leaves: Any = self.get_variable("params", "adapters")
+        key = None if self.deterministic else functools.partial(self.make_rng, "dropout")
+        return linear_port.linear(x, kernel, bias, linear_port.present(self.adapters, leaves), product, key)
+
+
+def vector(module: nn.Module, name: str, init: Callable, width: int) -> jax.Array:
+    """A module's leaf [width]; or [rows, width], where an adapter has made one for each row of the batch."""
+    if module.has_variable("params", name):
+        found: jax.Array = module.get_variable("params", name)
+        if found.shape[-1] != width:
+            raise ValueError(f"{name} is {list(found.shape)}, not [{width}]")
+        return found
+    return module.param(name, init, (width,))
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **settings: Any) -> jax.Array:
@@ -127,10 +103,12 @@ class Norm(nn.Module):
             y = y - y.mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps)
         initial = nn.initializers.zeros if self.kind == "rms_plus_one" else nn.initializers.ones
-        scale = self.param("scale", initial, (width,)).astype(jnp.float32)
+        scale = vector(self, "scale", initial, width).astype(jnp.float32)
+        if scale.ndim == 2:
+            scale = scale.reshape(len(scale), *(1,) * (y.ndim - 2), width)
         y = y * (1 + scale if self.kind == "rms_plus_one" else scale)
         if self.kind == "layer" and self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (width,)).astype(jnp.float32)
+            y = linear_port.with_bias(y, vector(self, "bias", nn.initializers.zeros, width))
         return y.astype(x.dtype)
 
 
@@ -142,7 +120,7 @@ class MLP(nn.Module):
     activation: Activation
     gated: bool
     use_bias: bool
-    adapters: tuple[LoraConfig, ...] = ()
+    adapters: Adapters = ()
     deterministic: bool = True
     wide: bool = False  # the output is float32, whatever the input is
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.models.config import DecoderConfig, ModelConfig
-from mmjax.models.layers import matmul
+from mmjax.models.kernels import matmul
 
 Params = dict[str, Any]
 Flat = dict[str, jax.Array]

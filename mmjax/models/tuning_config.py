@@ -1,35 +1,95 @@
-"""The ways of tuning a model beside its weights, each a frozen dataclass with a name of its own: what ModelConfig.adapters lists."""
+"""The ways of tuning a model beside its weights, each a frozen dataclass with a name of its own: what ModelConfig.adapters lists.
+
+`targets` are globs over paths of Linears (which end before `/kernel`; `norm`: of norms, before `/scale`). They take layer ranges
+(`llm/layers[16:32]/attention/**`): leaves are then made for those layers alone. `peft` is what else a peft directory said of an
+adapter, as JSON, to be written again; recipes leave it empty.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeAlias
+from typing import Literal, TypeAlias
+
+Targets: TypeAlias = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig:
-    """One named low-rank adapter (arXiv 2106.09685) on every Linear whose path matches one of `targets`.
+    """Low-rank adaptation (arXiv 2106.09685), see mmjax.models.lora.
 
     The change of a weight is lora_a @ lora_b * alpha / rank (alpha / sqrt(rank) with `rank_stabilised`, arXiv 2312.03732).
+
+    rank_pattern, alpha_pattern   (glob over Linears, value) in the place of rank and alpha; the first that matches counts
+    dora       the columns of the changed weight get norms of their own (arXiv 2402.09353)
+    bias       which biases of the model get a copy that is trained: "lora_only", those of the Linears chosen; "all", every one
+    lora_bias  lora_b has a bias of its own
+    whole      globs over leaves that get a copy which is trained whole (peft's modules_to_save)
+    token_ids  rows of the embedding table that get a copy which is trained (peft's trainable_token_indices)
     """
 
     name: str
     rank: int
     alpha: float
-    targets: tuple[str, ...]
+    targets: Targets
     dropout: float = 0.0
     rank_stabilised: bool = False
+    rank_pattern: tuple[tuple[str, int], ...] = ()
+    alpha_pattern: tuple[tuple[str, float], ...] = ()
+    dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    whole: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    peft: str = ""
 
     @property
     def scale(self) -> float:
-        return self.alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+        return self.scale_of(self.rank, self.alpha)
+
+    def scale_of(self, rank: int, alpha: float) -> float:
+        return alpha / (rank**0.5 if self.rank_stabilised else rank)
 
 
-Adapter: TypeAlias = LoraConfig
+@dataclasses.dataclass(frozen=True)
+class Ia3Config:
+    """Learned factors of a Linear's outputs, or, where one of `feedforward` names it, of its inputs (arXiv 2205.05638), see
+    mmjax.models.elementwise. The paper scales keys, values and the inputs of the MLP's last Linear."""
+
+    name: str
+    targets: Targets
+    feedforward: Targets = ()
+    whole: tuple[str, ...] = ()
+    peft: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class AffineConfig:
+    """LLaMA-Adapter V2's bias and scale of a Linear (arXiv 2304.15010), see mmjax.models.elementwise.
+
+    order   "output": scale * (W x + bias), as in the paper; "input": W (x * scale) + bias, as its chat65b was released; "bias": W x +
+            bias, as its multimodal7b was
+    """
+
+    name: str
+    targets: Targets
+    order: Literal["output", "input", "bias"] = "output"
+
+
+@dataclasses.dataclass(frozen=True)
+class NormConfig:
+    """A norm's scale and bias, tuned in copies (peft's LN_TUNING; LLaMA-Adapter V2, arXiv 2304.15010), see mmjax.models.adapters."""
+
+    name: str
+    targets: Targets
+    whole: tuple[str, ...] = ()
+    peft: str = ""
+
+
+Adapter: TypeAlias = LoraConfig | Ia3Config | AffineConfig | NormConfig
 Adapters: TypeAlias = tuple[Adapter, ...]
-KINDS: dict[str, type[Adapter]] = {"lora": LoraConfig}
+KINDS: dict[str, type[Adapter]] = {"lora": LoraConfig, "ia3": Ia3Config, "affine": AffineConfig, "norm": NormConfig}
 """What a recipe calls each of them. The fields of the dataclass are what a recipe may say of one."""
 
 
 def fields(kind: str) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(KINDS[kind]) if field.name != "name")
+    return tuple(field.name for field in dataclasses.fields(KINDS[kind]) if field.name not in ("name", "peft"))

@@ -24,7 +24,7 @@ from mmjax.checkpoints.store import Checkpoint, Store, overlay
 from mmjax.config import Recipe
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
-from mmjax.models.layers import as_bits, stored
+from mmjax.models.kernels import as_bits, stored
 from mmjax.parallel.sharding import batch_shardings, param_shardings
 from mmjax.training.metrics import Best, Board, Clock, Journal, Speed, format_line, parameter_table
 from mmjax.training.optimizer import make_optimizer, make_schedule
@@ -282,7 +282,7 @@ def _on_device(batches: Iterator[tuple[Batch, Info]], mesh: Mesh) -> Generator[t
 
 def hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
     """Frozen leaves as the step takes them: floating-point ones in `dtype`. On CPUs stacked bfloat16 kernels (but for
-    those in `whole`) are held as bits, since XLA:CPU would widen a whole stack (see mmjax.models.layers.stored)."""
+    those in `whole`) are held as bits, since XLA:CPU would widen a whole stack (see mmjax.models.kernels.stored)."""
 
     def held(path: str, leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):

@@ -8,7 +8,7 @@ import pytest
 from mmjax import tree
 from mmjax.checkpoints import safetensors, weights
 from mmjax.families import composed, keys
-from mmjax.models import adapters, connectors, layers, multimodal
+from mmjax.models import adapters, connectors, kernels, multimodal
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.tuning_config import LoraConfig
@@ -161,6 +161,6 @@ def test_dropout_acts_in_training_only_and_follows_its_key():
 
 
 def test_dropped_keeps_the_mean():
-    x = layers.dropped(jnp.ones((400, 400)), 0.2, tiny.key())
+    x = kernels.dropped(jnp.ones((400, 400)), 0.2, tiny.key())
     assert abs(float((x == 0).mean()) - 0.2) < 0.01
     assert abs(float(x.mean()) - 1) < 0.01

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmjax import tree
-from mmjax.models import decoder, layers, multimodal, position_bias
+from mmjax.models import decoder, kernels, multimodal, position_bias
 from mmjax.models.attention import Mask
 from mmjax.models.block import Extra
 from mmjax.models.config import Execution, RelativeBias
@@ -175,7 +175,7 @@ def test_the_backward_pass_keeps_no_stack_of_casts():
     flat = tree.flatten(multimodal.shapes(config))
     trained = {path: leaf for path, leaf in flat.items() if "lora" in path}
     frozen = {
-        path: layers.as_bits(jnp.zeros(leaf.shape, jnp.bfloat16)) if path.endswith("kernel") else jnp.ones(leaf.shape)
+        path: kernels.as_bits(jnp.zeros(leaf.shape, jnp.bfloat16)) if path.endswith("kernel") else jnp.ones(leaf.shape)
         for path, leaf in flat.items()
         if "lora" not in path
     }
@@ -192,7 +192,7 @@ def test_the_backward_pass_keeps_no_stack_of_casts():
 def test_bits_are_the_same_numbers():
     kernel = jax.random.normal(tiny.key(), (8, 8)).astype(jnp.bfloat16)
     x = jax.random.normal(tiny.key(), (3, 8))
-    np.testing.assert_array_equal(layers.matmul(x, kernel), layers.matmul(x, layers.as_bits(kernel)))
+    np.testing.assert_array_equal(kernels.matmul(x, kernel), kernels.matmul(x, kernels.as_bits(kernel)))
 
 
 def test_a_lone_padding_row_stays_finite(model):
