@@ -372,8 +372,12 @@ def _with_adapters_and_mask(config: ModelConfig, section: recipes.Model) -> Mode
 
 def _adapter(name: str, section: recipes.Adapter) -> Adapter:
     values: dict[str, Any] = {field: getattr(section, field) for field in tuning_config.fields(section.kind)}
-    frozen: dict[str, Any] = {field: tuple(value) if isinstance(value, list) else value for field, value in values.items()}
+    frozen: dict[str, Any] = {field: _frozen(value) for field, value in values.items()}
     return tuning_config.KINDS[section.kind](name, **frozen)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
 def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Params | None) -> Params:
@@ -385,7 +389,8 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     if "connector" in loaded and len(tree.flatten(loaded["connector"])) < len(tree.flatten(shapes["connector"])):
         del there["connector"]  # some of a Q-Former's leaves
     absent = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
-    params = tree.merge(_drawing(config, absent)(jax.random.key(recipe.seed)), loaded)
+    drawn = tree.merge(_drawing(config, absent)(jax.random.key(recipe.seed)), loaded)
+    params = adapters.settle(drawn, loaded, config)
     flat = tree.flatten(_placed(params, places))
     return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
 
@@ -407,7 +412,7 @@ def _drawing(config: ModelConfig, absent: ModelConfig) -> Callable[[jax.Array], 
 
     def draw(key: jax.Array) -> Params:
         shapes = multimodal.shapes(dataclasses.replace(config, adapters=()))
-        whole = tree.flatten(adapters.add(jax.random.fold_in(key, 1), shapes, config))
+        whole = tree.flatten(adapters.draw(jax.random.fold_in(key, 1), shapes, config))
         adapted = {path: leaf for path, leaf in whole.items() if "/adapters/" in path}
         return tree.merge(multimodal.init(key, absent), tree.unflatten(adapted))
 

@@ -177,16 +177,33 @@ class Adapter:
     """A named way of tuning beside the weights. Each kind reads some of the fields (mmjax.models.tuning_config.KINDS); the others stay as
     they are here.
 
-    kind      "lora"
-    targets   globs over Linear paths (a path ends before `/kernel`)
+    kind      "lora"; "ia3"; "affine" (LLaMA-Adapter V2's bias and scale of Linears); "norm" (norms tuned in copies)
+    targets   globs over paths of Linears (which end before `/kernel`) or norms (before `/scale`); llm/layers[16:32]/** chooses layers.
+              `**` reaches those in blocks, plugs and connectors; heads and the table of tokens are named: llm/head, llm/embed
+    rank_pattern, alpha_pattern   of lora: glob over Linears -> value, the first that matches counts
+    dora      of lora: DoRA, norms of their own for the columns of changed weights (arXiv 2402.09353)
+    bias      of lora: which biases get a copy that is trained, "all" or those of the Linears chosen; lora_bias: lora_b has a bias
+    whole     globs over leaves that get a copy which is trained whole
+    token_ids   of lora: rows of the table of tokens that get copies which are trained
+    feedforward   of ia3: globs over those targets whose inputs are scaled, not their outputs
+    order     of affine: see mmjax.models.tuning_config.AffineConfig
     """
 
-    kind: Literal["lora"] = "lora"
+    kind: Literal["lora", "ia3", "affine", "norm"] = "lora"
     targets: tuple[str, ...] = ("llm/layers/**",)
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     rank_stabilised: bool = False
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    alpha_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    dora: bool = False
+    bias: Literal["none", "all", "lora_only"] = "none"
+    lora_bias: bool = False
+    whole: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    feedforward: tuple[str, ...] = ()
+    order: Literal["output", "input", "bias"] = "output"
 
 
 @dataclasses.dataclass

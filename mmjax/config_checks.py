@@ -151,7 +151,8 @@ def _model(model: Model) -> Iterator[str]:
         if "targets" in read and not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
         for field in dataclasses.fields(adapter):
-            if field.name not in ("kind", *read) and getattr(adapter, field.name) != field.default:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            if field.name not in ("kind", *read) and getattr(adapter, field.name) != default:
                 yield f"model.adapters.{name}.{field.name} is not read by an adapter of kind {adapter.kind!r}, which reads {', '.join(read)}."
 
 

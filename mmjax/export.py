@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 
 from mmjax import tree
 from mmjax.checkpoints import peft, safetensors
@@ -21,7 +20,7 @@ from mmjax.families import composed, idefics, internvl, keys, llava, llava_llama
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
-from mmjax.models import new_rows, vit
+from mmjax.models import adapters, new_rows, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.preprocessing import (
@@ -67,7 +66,8 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
     named = any(foreign.get(name) is not None for name in ("image_token_index", "image_token_id"))
     if family in [layout.FAMILY for layout in _HF] and not named:
         model, foreign = _with_placeholder(model, foreign)
-    params, config = model.params, _without_heads(model.config, family)
+    params, config, change = adapters.merge_by_layer(model.params, model.config)
+    config = _without_heads(config, family)
     path.mkdir(parents=True, exist_ok=True)
     foreign = family.write_config(config, foreign)
     flat = {
@@ -75,10 +75,10 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
         for p, leaf in tree.flatten(params).items()
         if not any(tree.matches(p, glob) for glob in family.unneeded)
     }
-    bare = {p: leaf for p, leaf in flat.items() if "/adapters/" not in p}
-    tensors = keys.tensors(
-        tree.unflatten(bare), family.rules(config, foreign), dtype or None, _merging(flat, model.config)
-    )
+    rules = family.rules(config, foreign)
+    if homeless := sorted(set(flat) - {p for rule in rules for p in rule.paths}):
+        raise UserError(f"this layout has no place for {', '.join(homeless)}: adapters, merged into the weights, have made them")
+    tensors = keys.tensors(tree.unflatten(flat), rules, dtype or None, change)
     held = dtype or _sizes(tensors).most_common(1)[0][0]
     (path / "config.json").write_text(json.dumps(_with_dtype(foreign, held), indent=2) + "\n")
     folders = family.folders(foreign)
@@ -279,24 +279,6 @@ def _with_placeholder(model: Model, foreign: Config) -> tuple[Model, Config]:
     if placeholder >= vocab:
         model = model.resize_vocabulary(-(-(placeholder + 1) // ROWS) * ROWS)
     return model, {**foreign, "image_token_index": placeholder}
-
-
-def _merging(flat: dict[str, Any], config: ModelConfig) -> keys.Change:
-    """Adds a layer's adapters to its kernel, when that layer is written."""
-    scales = {adapter.name: adapter.scale for adapter in config.adapters}
-
-    def change(path: str, i: int | None, kernel: np.ndarray) -> np.ndarray:
-        linear = path.removesuffix("/kernel")
-        for name, scale in scales.items():
-            a = flat.get(f"{linear}/adapters/{name}/lora_a")
-            if a is not None and path.endswith("/kernel"):
-                low, high = (
-                    np.asarray(keys.row(flat[f"{linear}/adapters/{name}/lora_{s}"], i), np.float32) for s in "ab"
-                )
-                kernel = (kernel.astype(np.float32) + low @ high * scale).astype(kernel.dtype)
-        return kernel
-
-    return change
 
 
 def _sizes(tensors: list[safetensors.Tensor]) -> Counter[str]:

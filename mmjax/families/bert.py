@@ -21,7 +21,7 @@ from mmjax.families import language, llama
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule
-from mmjax.models import decoder, multimodal
+from mmjax.models import adapters, decoder, multimodal
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.tree import Params
@@ -187,7 +187,7 @@ def _outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Input
 def _run(
     params: Params, batch: Batch, kinds: jax.Array | None, *, config: ModelConfig, run: Execution, states: bool
 ) -> dict[str, jax.Array]:
-    ours, leaves = config.language, params["llm"]
+    ours, leaves = config.language, adapters.bound(params, config, "llm", len(batch.tokens))
     reading = multimodal.read(params, config, batch, run)
     decoded = multimodal.decode_reading(params, config, reading, run, token_types=kinds, return_states=states)
     found = {"last_hidden_state": decoded.last}
@@ -196,7 +196,7 @@ def _run(
     if ours.classes:
         found["seq_relationship_logits"] = decoder.classify(leaves, ours, found["pooler_output"])
     if ours.has_head:
-        found["logits"] = decoder.head(leaves, ours, decoded.last)
+        found["logits"] = multimodal.head(params, config, decoded.last)
         found.update(language.loss(found["logits"], batch))
     if states:
         assert decoded.states is not None

@@ -25,7 +25,7 @@ from mmjax.families import qformer as names
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, prefixed
-from mmjax.models import multimodal, qformer
+from mmjax.models import adapters, multimodal, qformer
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import FeatureSpec, ViTConfig
 from mmjax.tree import Params
@@ -225,7 +225,7 @@ def _run(params: Params, rows: Batch, *, config: ModelConfig, run: Execution, st
         (found["image_features"], *_), features = language.media_features(params, config, rows, run)
         text = multimodal.connector_text(rows)
         beside = text and qformer.Text(text.tokens[0], text.segments[0])
-        own: tuple[Any, Any] = params["connector"], config.connector
+        own: tuple[Any, Any] = adapters.bound(params, config, "connector"), config.connector
         found["qformer_output"] = qformer.read(*own, features, beside, config.adapters, run).states
         found["connector_output"] = qformer.project(*own, found["qformer_output"], config.adapters)
         media = found["connector_output"][None]

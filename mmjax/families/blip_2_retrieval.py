@@ -21,7 +21,7 @@ from mmjax.families import qformer as names
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, prefixed, rule
-from mmjax.models import image_text, multimodal, qformer
+from mmjax.models import adapters, image_text, multimodal, qformer
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.models.qformer import Text
@@ -107,7 +107,7 @@ def _run(
     params: Params, pixels: jax.Array, text: Text, *, config: ModelConfig, matching: bool, run: Execution
 ) -> dict[str, jax.Array]:
     config = config.for_pictures(*pixels.shape[1:3])
-    leaves, c = params["connector"], config.connector
+    leaves, c = adapters.merge(params, config)[0]["connector"], config.connector
     assert c is not None
     features = multimodal.vision_features(params, config, pixels, run)
     if matching:

@@ -145,7 +145,7 @@ def decoded_outputs(
     if reading.encoded is not None:
         found["encoder_last_hidden_state"] = reading.encoded.last
     decoded = multimodal.decode_reading(params, config, reading, run, padding_sees, return_states=states)
-    logits = decoder.head(params["llm"], config.llm, decoded.last)
+    logits = multimodal.head(params, config, decoded.last)
     found.update(inputs_embeds=reading.x, logits=logits, last_hidden_state=decoded.last)
     found.update(loss(logits, batch))
     if decoded.router is not None and config.llm.block.experts is not None:

@@ -23,7 +23,7 @@ from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, rule
 from mmjax.families.language import IGNORED
-from mmjax.models import image_text, multimodal, qformer
+from mmjax.models import adapters, image_text, multimodal, qformer
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, ViTConfig
 from mmjax.models.image_text import Negatives
@@ -140,7 +140,7 @@ def _run(
 ) -> dict[str, jax.Array]:
     config = config.for_pictures(*pixels.shape[1:3])
     features = multimodal.vision_features(params, config, pixels, run)
-    leaves, c = params["connector"], config.connector
+    leaves, c = adapters.merge(params, config)[0]["connector"], config.connector
     assert c is not None
     pictures = image_text.read_pictures(leaves, c, features, run=run)
     found = {

@@ -16,7 +16,7 @@ from mmjax.families import vision
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, convolution, counter, linear, rule
-from mmjax.models import mobilenet_v2
+from mmjax.models import adapters, mobilenet_v2
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config
 from mmjax.tree import Params
@@ -110,7 +110,7 @@ def _name(path: str) -> str:
 def _outputs(
     params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
 ) -> dict:
-    found = _run(params["vision"], vision.pixels(inputs), config=_encoder(config), run=run)
+    found = _run(adapters.merge(params, config)[0]["vision"], vision.pixels(inputs), config=_encoder(config), run=run)
     hidden = found.pop("hidden_states")
     return {**found, **{f"hidden_states_{i}": state for i, state in enumerate(hidden)}} if states else found
 

@@ -253,7 +253,7 @@ def _run(
     assert given.encoded is not None
     found = {"last_hidden_state": decoded.last, "encoder_last_hidden_state": given.encoded.last}
     if ours.has_head:
-        found["logits"] = decoder.head(params["llm"], ours, decoded.last)
+        found["logits"] = multimodal.head(params, config, decoded.last)
         found.update(language.loss(found["logits"], batch))
     if states:
         found.update(_states("encoder_hidden_states", given.encoded), **_states("decoder_hidden_states", decoded))

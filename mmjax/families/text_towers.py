@@ -16,7 +16,7 @@ from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Rule, linear, norm, rule
 from mmjax.families.towers import architecture, block_rules, read_block, write_block
-from mmjax.models import text_tower
+from mmjax.models import adapters, text_tower
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import TextTowerConfig
 from mmjax.tree import Params
@@ -98,7 +98,7 @@ def _outputs(
 ) -> dict[str, jax.Array]:
     text = config.text
     assert text is not None
-    found = _encode(params["text"], *inputs_of(text, inputs), config=text, run=run)
+    found = _encode(adapters.merge(params, config)[0]["text"], *inputs_of(text, inputs), config=text, run=run)
     kept = {"last_hidden_state": found["last"], "pooler_output": found["pooled"]}
     if text.projection:
         kept["text_embeds" if text.pooling == "end_of_text" else "pooler_output"] = found["embedding"]

@@ -23,7 +23,7 @@ import numpy as np
 from mmjax.errors import UserError
 from mmjax.families import text_towers
 from mmjax.families.family import Config, Inputs
-from mmjax.models import multimodal, vit
+from mmjax.models import adapters, multimodal, vit
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.tree import Params
@@ -79,7 +79,7 @@ def _patches(config: ViTConfig, inputs: Inputs) -> vit.Patches:
 
 def outputs(params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool) -> dict:
     assert isinstance(config.vision, ViTConfig)
-    found = _tower(params["vision"], pictures(config.vision, inputs), config=config, run=run)
+    found = _tower(adapters.merge(params, config)[0]["vision"], pictures(config.vision, inputs), config=config, run=run)
     hidden = found.pop("states")
     return {**found, **numbered("hidden_states", hidden)} if states else found
 
@@ -89,7 +89,7 @@ def two_tower_outputs(
 ) -> dict:
     assert isinstance(config.vision, ViTConfig) and config.text is not None
     ids, mask = text_towers.inputs_of(config.text, inputs)
-    found = _two_tower(params, pictures(config.vision, inputs), ids, mask, config=config, run=run)
+    found = _two_tower(adapters.merge(params, config)[0], pictures(config.vision, inputs), ids, mask, config=config, run=run)
     kept = {name: found[name] for name in ("logits_per_image", "logits_per_text", "image_embeds", "text_embeds")}
     kept.update(
         vision_last_hidden_state=found["vision_last"],

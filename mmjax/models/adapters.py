@@ -16,7 +16,7 @@ the batch; an adapter without one counts in full, and one that is not in config.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -95,7 +95,8 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
 
     Raises ValueError for targets that choose nothing, and for dropout where there is none.
     """
-    flat, fresh = _with_tied_head(tree.flatten(params), config), {}
+    flat = _with_tied_head(tree.flatten(params), config)
+    fresh: Leaves = {}
     for adapter in config.adapters:
         for place in places(params, config, adapter):
             if getattr(adapter, "dropout", 0.0) and place.path.startswith("llm/plugs/"):
@@ -115,7 +116,8 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
 def settle(params: Params, before: Params, config: ModelConfig) -> Params:
     """`draw`'s parameters with the leaves that follow from weights: copies, and DoRA's magnitudes. Leaves that were there `before` stay
     as they are."""
-    flat, old, made = _with_tied_head(tree.flatten(params), config), tree.flatten(before), {}
+    flat, old = _with_tied_head(tree.flatten(params), config), tree.flatten(before)
+    made: Leaves = {}
     for adapter in config.adapters:
         for place in places(params, config, adapter):
             follow: Leaves = {name: _copy(flat[of], place) for name, of in _originals(place).items()}
@@ -149,21 +151,58 @@ def bound(params: Params, config: ModelConfig, part: str, rows: int | None = Non
 def merge(params: Params, config: ModelConfig, weights: Mapping[str, float] = {}) -> tuple[Params, ModelConfig]:
     """The parameters with every adapter that stands beside weights merged into them (in float32, stored in the dtype they had), and
     their shapes. A tied head of which only one side is changed gets a kernel of its own; a Linear may get a bias."""
-    flat = {path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(f"{WEIGHTS}/")}
-    bare, found = _bind(flat, config, {name: jnp.float32(weight) for name, weight in weights.items()}, None)
-    bare = {path: leaf.astype(stored(flat[path]).dtype) if leaf is not flat.get(path) and path in flat else leaf for path, leaf in bare.items()}
-    tied = config.llm is not None and config.llm.has_head and config.llm.tied_head
-    if tied and found.keys() & {EMBED, HEAD}:
-        bare.setdefault(f"{HEAD}/kernel", bare[f"{EMBED}/embedding"].T)
+    bare, found, config = _to_merge(params, config, weights)
     for path, present in found.items():
         _merge_into(bare, path, present)
+    return tree.unflatten(bare), config
+
+
+def merge_by_layer(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig, Callable[[str, int | None, Any], Any]]:
+    """The same for who writes layer after layer: the parameters with copies in their places alone, the shapes, and what makes of
+    (path, layer or None, that layer of the leaf) what is to be written, in the same dtype."""
+    bare, found, config = _to_merge(params, config, {})
+
+    def row(leaf: Any, i: int | None) -> np.ndarray:
+        return np.asarray(leaf if i is None else leaf[i], np.float32)
+
+    def change(path: str, i: int | None, leaf: Any) -> Any:
+        site, _, name = path.rpartition("/")
+        if site not in found or path not in (_weight_at(site), f"{site}/bias"):
+            return leaf
+        if name == "bias":
+            kernel: Any = row(stored(bare[_weight_at(site)]), i) if any("lora_bias" in leaves for _, leaves in found[site]) else 0.0
+            wide: tuple[Any, Any] = np.broadcast_to(kernel, bare[_weight_at(site)].shape[-2:]), np.asarray(leaf, np.float32)
+        else:
+            wide = np.asarray(leaf, np.float32), None
+        present = [(adapter, {key: row(value, i) for key, value in leaves.items()}) for adapter, leaves in found[site]]
+        return np.asarray(linear_port.merged(*wide, present)[name == "bias"]).astype(leaf.dtype)
+
+    return tree.unflatten(bare), config, change
+
+
+def _to_merge(
+    params: Params, config: ModelConfig, weights: Mapping[str, float]
+) -> tuple[Leaves, dict[str, list[tuple[Adapter, Leaves]]], ModelConfig]:
+    """The leaves with copies in their places, what changes Linears and tables (see _bind), and the shapes of the whole when merged."""
+    flat = {path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(f"{WEIGHTS}/")}
+    bare, found = _bind(flat, config, {name: jnp.float32(weight) for name, weight in weights.items()}, None)
+    for path, leaf in bare.items():
+        if path in flat and leaf is not flat[path]:
+            bare[path] = leaf.astype(stored(flat[path]).dtype)
     left = tuple(adapter for adapter in config.adapters if not isinstance(adapter, BESIDE))
     config = dataclasses.replace(config, adapters=left)
-    if tied and f"{HEAD}/kernel" in bare:
-        config = dataclasses.replace(config, llm=dataclasses.replace(config.language, tied_head=False))
-        if f"{EMBED}/new_rows" in bare:
-            bare.setdefault(f"{HEAD}/new_rows", bare[f"{EMBED}/new_rows"])
-    return tree.unflatten(bare), config
+    if config.llm is not None and config.llm.has_head and config.llm.tied_head:
+        if found.keys() & {EMBED, HEAD}:
+            bare.setdefault(f"{HEAD}/kernel", bare[f"{EMBED}/embedding"].T)
+        if f"{HEAD}/kernel" in bare:
+            config = dataclasses.replace(config, llm=dataclasses.replace(config.llm, tied_head=False))
+            if f"{EMBED}/new_rows" in bare:
+                bare.setdefault(f"{HEAD}/new_rows", bare[f"{EMBED}/new_rows"])
+    for path, present in found.items():
+        if f"{path}/bias" not in bare and any(leaves.keys() & {"lora_bias", "affine_bias"} for _, leaves in present):
+            shape = bare[_weight_at(path)].shape
+            bare[f"{path}/bias"] = jnp.zeros((*shape[:-2], shape[-1]))
+    return bare, found, config
 
 
 def has_port(path: str) -> bool:
@@ -214,10 +253,10 @@ def _chosen(
                 chosen[path] = None
                 continue
             start, stop = tree.layer_range(glob) or (None, None)
-            layers = range(found[path][0])[start:stop]
-            if not layers and strict:
+            some = range(found[path][0])[start:stop]
+            if not some and strict:
                 raise ValueError(f"{what} {glob!r} chooses no layers: {path} has layers 0 to {found[path][0] - 1}")
-            chosen[path] = {*(chosen.get(path) or ()), *layers}
+            chosen[path] = {*(chosen.get(path) or ()), *some}
     return {path: None if (layers := chosen[path]) is None else tuple(sorted(layers)) for path in found if path in chosen}
 
 

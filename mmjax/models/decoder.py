@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.errors import UserError
-from mmjax.models import new_rows, ports
+from mmjax.models import linear_port, lora, new_rows, ports
 from mmjax.models.attention import Mask
 from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import DecoderConfig, Execution
@@ -26,7 +26,7 @@ from mmjax.models.layers import ACTIVATIONS, Linear, Norm, apply, fan_in_normal
 from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
-from mmjax.models.tuning_config import Adapters
+from mmjax.models.tuning_config import Adapters, LoraConfig
 
 Params = dict[str, Any]
 
@@ -114,13 +114,16 @@ def require_positions(config: DecoderConfig, count: int) -> None:
         raise UserError(f"the text takes {count} positions, and the model's table of learned positions has {rows}: shorten it")
 
 
-def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Execution) -> jax.Array:
+def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Execution, adapters: Adapters = ()) -> jax.Array:
     """Token embeddings: int [rows, length] -> [rows, length, input width]. Positions and the like are added by `decode`."""
     table = params["embed"]["embedding"]
     if config.new_rows:
         x = new_rows.lookup(table, params["embed"]["new_rows"], config, tokens, run.dtype)
     else:
         x = table[tokens].astype(run.dtype)
+    for adapter, leaves in linear_port.present(adapters, params["embed"].get("adapters", {})):
+        assert isinstance(adapter, LoraConfig)
+        x = lora.embedded(x, tokens, table, leaves, adapter)
     # As the references do: the factor is rounded to the activations' dtype first.
     return x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1.0 else x
 
@@ -224,15 +227,17 @@ def decode(
     return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states, router)
 
 
-def head(params: Params, config: DecoderConfig, hidden: jax.Array) -> jax.Array:
+def head(params: Params, config: DecoderConfig, hidden: jax.Array, adapters: Adapters = ()) -> jax.Array:
     """float32 logits [..., vocab] of what `decode` returned as `last`."""
     if config.head_transform:
         hidden = apply(Linear(hidden.shape[-1]), params["head"]["transform"], hidden)
         hidden = apply(_norm(config), params["head"]["norm"], ACTIVATIONS[config.block.activation](hidden))
-    kernel = params["embed"]["embedding"].T if config.tied_head else params["head"]["kernel"]
-    logits = matmul(hidden, kernel).astype(jnp.float32)
-    if config.head_bias:
-        logits = logits + params["head"]["bias"].astype(jnp.float32)
+    own = params.get("head", {})  # under adapters a tied head may have a kernel of its own
+    kernel = own["kernel"] if "kernel" in own else params["embed"]["embedding"].T
+    found = linear_port.present(adapters, own.get("adapters", {}))
+    logits = linear_port.linear(hidden, kernel, None, found, lambda x: matmul(x, kernel)).astype(jnp.float32)
+    if "bias" in own:  # under a merged adapter, also where the config has none
+        logits = linear_port.with_bias(logits, own["bias"])
     if config.new_rows:
         logits = new_rows.lay_over(logits, new_rows.logits(params, config, hidden), config)
     if config.logit_scale != 1.0:

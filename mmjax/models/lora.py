@@ -35,7 +35,7 @@ def draw(key: jax.Array, config: LoraConfig, shape: tuple[int, ...], rank: int, 
             "lora_a": jax.random.uniform(key, (*stack, inputs, rank), minval=-bound, maxval=bound),
             "lora_b": jnp.zeros((*stack, rank, outputs)),
         }
-    if config.lora_bias:
+    if config.lora_bias and not table:
         made["lora_bias"] = jnp.zeros((*stack, outputs))
     if config.dora:
         made["lora_magnitude"] = jnp.zeros((*stack, outputs))
@@ -46,7 +46,7 @@ def magnitudes(kernel: jax.Array, leaves: Leaves, config: LoraConfig) -> jax.Arr
     """DoRA's fresh magnitudes [..., out] beside a kernel [..., in, out]: the norms of its columns."""
     if kernel.ndim == 2:
         return _norms(kernel, leaves, config)
-    return jax.lax.map(lambda layer: _norms(*layer, config), (kernel, dict(leaves)))
+    return jax.lax.map(lambda layer: _norms(layer[0], layer[1], config), (kernel, dict(leaves)))
 
 
 def change(
@@ -86,6 +86,7 @@ def merged(kernel: Any, bias: Any, base: Any, leaves: Leaves, config: LoraConfig
 def embedded(x: jax.Array, tokens: jax.Array, table: jax.Array, leaves: Leaves, config: LoraConfig) -> jax.Array:
     """Embeddings x [rows, T, width] of tokens [rows, T] in table [vocab, width] with what the adapter adds: lora_a is [vocab, rank]."""
     added = matmul(leaves["lora_a"][tokens].astype(x.dtype), leaves["lora_b"]) * jnp.asarray(_scale(leaves, config), x.dtype)
+    added = jnp.where((tokens < len(table))[..., None], added, 0)  # new rows of the vocabulary lie beyond
     if config.dora:
         ratio = (leaves["lora_magnitude"] / _norms(table, leaves, config)).astype(x.dtype)
         added = (ratio - 1) * x + ratio * added

@@ -70,18 +70,19 @@ def normalise(config: ModelConfig, images: jax.Array) -> jax.Array:
 
 def vision_features(params: Params, config: ModelConfig, images: jax.Array, run: Execution) -> jax.Array:
     """Pixels [..., height, width, channels], or vit.Patches [..., patches, pixels] -> what the connector reads [..., positions, width]."""
+    leaves = adapters.bound(params, config, "vision")
     if isinstance(images, vit.Patches):
         assert isinstance(config.vision, ViTConfig)
         before = images.pixels.shape[:-2]
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(before) :]), images)
-        out = vit.features(params["vision"], config.vision, config.features, flat, run, config.adapters)
+        out = vit.features(leaves, config.vision, config.features, flat, run, config.adapters)
         return out.reshape(*before, *out.shape[1:])
     pixels = normalise(config, images)
     flat = pixels.reshape(-1, *pixels.shape[-3:])
     spec = dataclasses.replace(config.features, scales=(1,))
 
     def encode(tiles: jax.Array) -> jax.Array:
-        return _encoder(config).features(params["vision"], config.vision, spec, tiles, run, config.adapters)
+        return _encoder(config).features(leaves, config.vision, spec, tiles, run, config.adapters)
 
     out = encode(flat) if config.features == spec else scales.features(encode, flat, config.features.scales)
     return out.reshape(*pixels.shape[:-3], *out.shape[1:])
@@ -111,7 +112,7 @@ def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Executi
     if config.features.stitching is not None:
         features = stitch(config.features.stitching, features, batch.grids)
     features = features.astype(run.dtype)
-    leaves = params.get("connector", {})  # the identity has none
+    leaves = adapters.bound(params, config, "connector")
     return connectors.connect(leaves, config.connector, features, config.adapters, run, features.ndim == 5, connector_text(batch))
 
 
@@ -131,7 +132,7 @@ def embed(
     A gather: each position picks its media token or keeps its text embedding. Rows reach into their own group only, so no
     features cross devices when groups and rows are sharded alike.
     """
-    x = decoder.embed(params["llm"], config.language, batch.tokens, run)
+    x = embed_tokens(params, config, batch.tokens, run)
     if config.cross_attention is not None:  # media are read between the blocks
         return x
     media = encode_media(params, config, batch, run) if media is None else media
@@ -145,6 +146,11 @@ def embed(
     index = batch.media.reshape(groups, -1)
     picked = jax.vmap(lambda rows, i: rows[i])(media, jnp.maximum(index, 0))
     return jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x)
+
+
+def embed_tokens(params: Params, config: ModelConfig, tokens: jax.Array, run: Execution) -> jax.Array:
+    """Token embeddings alone: int [rows, length] -> [rows, length, LLM width]."""
+    return decoder.embed(adapters.bound(params, config, "llm", len(tokens)), config.language, tokens, run, config.adapters)
 
 
 def crossed_media(
@@ -209,7 +215,7 @@ def read(
         is_media = None if batch.media is None else batch.media >= 0
         crossed = crossed_media(params, config, batch, run, media)
         return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed)
-    llm, leaves = config.language, params["llm"]
+    llm, leaves = config.language, adapters.bound(params, config, "llm", len(x))
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
     encoded = encoder_decoder.encode(leaves, llm, x, segments=batch.segments, positions=batch.positions, **more, **settings)
     memory = encoder_decoder.remember(leaves, llm, encoded.last, batch.segments, **more)
@@ -217,7 +223,7 @@ def read(
     if tokens is None:
         tokens = jnp.full((x.shape[0], 1), llm.start_token, jnp.int32)
         segments = jnp.ones_like(tokens)
-    return Reading(decoder.embed(leaves, llm, tokens, run), segments, positions_within(segments), memory, encoded)
+    return Reading(embed_tokens(params, config, tokens, run), segments, positions_within(segments), memory, encoded)
 
 
 def positions_within(segments: jax.Array) -> jax.Array:
@@ -232,7 +238,7 @@ def decode_reading(
 ) -> decoder.Decoded:
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode. With `padding_sees` it sees what is real, as in
     transformers; otherwise it sees nothing."""
-    llm = params["llm"]
+    llm = adapters.bound(params, config, "llm", len(reading.x))
     plugs: tuple[ports.Plug, ...] = ()
     if config.cross_attention is not None:
         plugs = (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
@@ -263,7 +269,7 @@ def remember(params: Params, config: ModelConfig, reading: Reading) -> Reading:
     """The reading with what its decoder would otherwise compute of the media for every token anew."""
     if config.cross_attention is None or reading.media is None:
         return reading
-    leaves = params["llm"]["plugs"][gated_cross_attention.NAME]
+    leaves = adapters.bound(params, config, "llm", len(reading.x))["plugs"][gated_cross_attention.NAME]
     return reading._replace(media=gated_cross_attention.remember(leaves, config.cross_attention, reading.media, config.adapters))
 
 
@@ -303,7 +309,7 @@ def decode_token(
 
     token, position, segment   int32 [rows]
     """
-    x = decoder.embed(params["llm"], config.language, token[:, None], run)
+    x = embed_tokens(params, config, token[:, None], run)
     reading = Reading(x, segment[:, None], position[:, None], remembered.memory, media=remembered.media)
     out = decode_reading(params, config, reading, run, cache=cache)
     assert out.cache is not None
@@ -311,14 +317,14 @@ def decode_token(
 
 
 def head(params: Params, config: ModelConfig, states: jax.Array) -> jax.Array:
-    """float32 logits [..., vocab] of states that `hidden` returned."""
-    return decoder.head(params["llm"], config.language, states)
+    """float32 logits [rows, ..., vocab] of states [rows, ..., width] that `hidden` returned."""
+    return decoder.head(adapters.bound(params, config, "llm", len(states)), config.language, states, config.adapters)
 
 
 def classify(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:
     """float32 class logits [groups, tiles, classes] of the vision encoder's own head."""
     pixels = normalise(config, batch.images)
-    logits = _encoder(config).classify(params["vision"], config.vision, pixels.reshape(-1, *pixels.shape[-3:]), run)
+    logits = _encoder(config).classify(adapters.bound(params, config, "vision"), config.vision, pixels.reshape(-1, *pixels.shape[-3:]), run)
     return logits.reshape(*pixels.shape[:-3], -1)
 
 

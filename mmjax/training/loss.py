@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.batch import Batch
-from mmjax.models import image_text, multimodal
+from mmjax.models import adapters, image_text, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.experts import balance_loss
 from mmjax.tree import Params
@@ -77,7 +77,7 @@ def image_text_loss(
     flat = jnp.asarray(features, run.dtype).reshape(-1, *features.shape[2:])
     tokens, segments = (jnp.asarray(a).reshape(-1, a.shape[-1]) for a in (batch.connector_tokens, batch.connector_segments))
     losses = image_text.stage1_losses(
-        params["connector"], config.connector, flat, tokens, segments, key, adapters=config.adapters, run=run
+        adapters.bound(params, config, "connector"), config.connector, flat, tokens, segments, key, adapters=config.adapters, run=run
     )
     weighted = {name: loss * total_weight(batch) for name, loss in losses.items()}
     total = weighted.pop("loss")

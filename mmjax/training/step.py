@@ -70,7 +70,7 @@ def make_train_step(
     `shardings` are the state's (see state_shardings), so that a step's output is the next one's input."""
     shards, accumulate = data_shards(mesh), stage.accumulate
     weigh = _losses(config, stage, mesh)
-    dropout = stage.dropout > 0 or any(adapter.dropout > 0 for adapter in config.adapters)
+    dropout = stage.dropout > 0 or any(getattr(adapter, "dropout", 0.0) > 0 for adapter in config.adapters)
     random = dropout or stage.objective == "contrastive"
 
     def summed_loss(

@@ -62,6 +62,6 @@ class Method:
     known: frozenset[str]
     read: Callable[[Directory, Base], tuple[Adapter, Params]]
     writes: Callable[[Adapter], bool]
-    write: Callable[[Params, Adapter, Base, Any], tuple[dict[str, Any], list[Tensor]]]
+    write: Callable[[Params, Any, Base, Any], tuple[dict[str, Any], list[Tensor]]]
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)
     problems: Callable[[Fields], list[str]] = lambda fields: []
