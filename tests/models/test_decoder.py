@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mmjax import tree
-from mmjax.models import decoder, kernels, multimodal, position_bias
+from mmjax.models import decoder, kernels, layers, multimodal, position_bias
 from mmjax.models.attention import Mask
 from mmjax.models.block import Extra
 from mmjax.models.config import Execution, RelativeBias
