@@ -23,7 +23,7 @@ from mmjax.families import composed, parts
 from mmjax.families.family import Config, Family
 from mmjax.loading import load, load_connector
 from mmjax.model import Model
-from mmjax.models import adapters, multimodal, new_rows, tuning_config
+from mmjax.models import adapters, multimodal, new_rows, prompts, tuning_config
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, Stitching, ViTConfig
@@ -113,12 +113,26 @@ def _with_tokens(model: Model, recipe: Recipe, places: Params | None) -> Model:
     if model.config.cross_attention is not None and model.family is composed.FAMILY and model.tokenizer is not None:
         known = model.tokenizer.get_vocab().get(PLACEHOLDER)
         model = dataclasses.replace(model, foreign={**model.foreign, "image_token_index": known})
+    model = _with_texts_begun(model, places)
     return dataclasses.replace(
         model,
         template=templates.get(section.template, model.tokenizer, section.system) if model.tokenizer else None,
         image_start=section.image_start or model.image_start,
         image_end=section.image_end or model.image_end,
     )
+
+
+def _with_texts_begun(model: Model, places: Params | None) -> Model:
+    """The model with its prompts begun as the embeddings of their texts."""
+    params = model.params
+    for prompt in prompts.of(model.config):
+        if text := getattr(prompt, "text", ""):
+            if model.tokenizer is None:
+                raise UserError(f"model.adapters.{prompt.name}.text cannot be read: the model has no tokenizer")
+            ids = jnp.resize(jnp.array(model.tokenizer(text)["input_ids"], jnp.int32), (1, prompt.tokens))
+            begun = multimodal.embed_tokens(params, model.config, ids, model.run)[0].astype(jnp.float32)
+            params = tree.merge(params, tree.unflatten({f"{prompts.path(prompt.name)}/vectors": begun}))
+    return model if params is model.params else dataclasses.replace(model, params=_placed(params, places))
 
 
 def _with_new_rows(config: ModelConfig, section: recipes.Model) -> ModelConfig:
@@ -413,7 +427,7 @@ def _drawing(config: ModelConfig, absent: ModelConfig) -> Callable[[jax.Array], 
     def draw(key: jax.Array) -> Params:
         shapes = multimodal.shapes(dataclasses.replace(config, adapters=()))
         whole = tree.flatten(adapters.draw(jax.random.fold_in(key, 1), shapes, config))
-        adapted = {path: leaf for path, leaf in whole.items() if "/adapters/" in path}
+        adapted = {path: leaf for path, leaf in whole.items() if path not in tree.flatten(shapes)}
         return tree.merge(multimodal.init(key, absent), tree.unflatten(adapted))
 
     # It runs once: on a CPU, optimising the program takes longer than running it.

@@ -23,6 +23,8 @@ class Batch:
     positions   int32 [rows, length]   position within the sample; [rows, length, axes] where a position has several (M-RoPE)
     spans       int32 [rows, length]   positions of one sample with equal numbers above 0 see each other, whatever is causal; None = no two
     media       int32 [rows, length]   index of the media token spliced here, -1 at text
+    virtual     int32 [rows, length]   which of the virtual tokens of prompts stands here (mmjax.models.prompts), -1 at all else; None = there are none
+    task        int32 [rows, length]   of multi-task prompts: the task of the position's sample
     begun       int32 [rows, length]   where blocks read media by cross-attention: which of `row_media` the position belongs to,
                                        counted from 1; 0 = none. The text holds one ordinary token for a medium; `media` is -1 there
     row_media   int32 [rows, media]    tile of the group that is the row's 1st, 2nd, ... medium, -1 = none
@@ -49,6 +51,8 @@ class Batch:
     positions: Any = None
     spans: Any = None
     media: Any = None
+    virtual: Any = None
+    task: Any = None
     begun: Any = None
     row_media: Any = None
     media_segments: Any = None

@@ -12,6 +12,7 @@ from mmjax import tree
 from mmjax.config import Part, Recipe, Source, Stage
 from mmjax.errors import UserError
 from mmjax.model import Model
+from mmjax.models.adapters import leaves_of
 from mmjax.published import locate
 
 PICTURES = (
@@ -77,8 +78,9 @@ def _figures(figures: dict[str, Any]) -> str:
 
 def _parameters(model: Model) -> dict[str, int]:
     counts: dict[str, int] = {}
+    own = tree.flatten(leaves_of(model.params, [adapter.name for adapter in model.config.adapters]))
     for path, leaf in tree.flatten(model.params).items():
-        part = "adapters" if "/adapters/" in path else path.split("/")[0]
+        part = "adapters" if path in own else path.split("/")[0]
         counts[part] = counts.get(part, 0) + leaf.size
     return counts
 
@@ -88,7 +90,7 @@ def _parts(recipe: Recipe, counts: dict[str, int]) -> Sequence[tuple[str, ...]]:
         "llm": recipe.model.llm,
         "vision": recipe.model.vision,
         "connector": Part(recipe.model.connector.path, {"model_type": recipe.model.connector.kind}),
-        "adapters": Part(config={"model_type": "LoRA " + ", ".join(recipe.model.adapters)}),
+        "adapters": Part(config={"model_type": ", ".join(f"{one.kind} {name}" for name, one in recipe.model.adapters.items())}),
     }
     rows = []
     for name, count in counts.items():

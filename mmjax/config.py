@@ -177,7 +177,8 @@ class Adapter:
     """A named way of tuning beside the weights. Each kind reads some of the fields (mmjax.models.tuning_config.KINDS); the others stay as
     they are here.
 
-    kind      "lora"; "ia3"; "affine" (LLaMA-Adapter V2's bias and scale of Linears); "norm" (norms tuned in copies)
+    kind      "lora"; "ia3"; "affine" (LLaMA-Adapter V2's bias and scale of Linears); "norm" (norms tuned in copies); in front of the text "prompt",
+              "p_tuning", "multitask_prompt" (mmjax.models.prompts), "prefix" (mmjax.models.prefix)
     targets   globs over paths of Linears (which end before `/kernel`) or norms (before `/scale`); llm/layers[16:32]/** chooses layers.
               `**` reaches those in blocks, plugs and connectors; heads and the table of tokens are named: llm/head, llm/embed
     rank_pattern, alpha_pattern   of lora: glob over Linears -> value, the first that matches counts
@@ -187,9 +188,15 @@ class Adapter:
     token_ids   of lora: rows of the table of tokens that get copies which are trained
     feedforward   of ia3: globs over those targets whose inputs are scaled, not their outputs
     order     of affine: see mmjax.models.tuning_config.AffineConfig
+    tokens    virtual tokens before each sample, or keys and values of each layer
+    text      a prompt begins as its embeddings, repeated or cut to `tokens`; "" = drawn
+    encoder   what makes the vectors of P-tuning: "mlp" or "lstm", with hidden layers `encoder_width` wide (0 = as the embeddings, or a
+              prefix' keys) and, of an LSTM, `encoder_depth` layers
+    tasks     that multi-task prompts know (a source's or a row's `task_id` says which it is of), each with a matrix of rank `task_rank`
+    projected   an MLP makes a prefix' keys and values
     """
 
-    kind: Literal["lora", "ia3", "affine", "norm"] = "lora"
+    kind: Literal["lora", "ia3", "affine", "norm", "prompt", "p_tuning", "multitask_prompt", "prefix"] = "lora"
     targets: tuple[str, ...] = ("llm/layers/**",)
     rank: int = 8
     alpha: float = 16.0
@@ -204,6 +211,14 @@ class Adapter:
     token_ids: tuple[int, ...] = ()
     feedforward: tuple[str, ...] = ()
     order: Literal["output", "input", "bias"] = "output"
+    tokens: int = 20
+    text: str = ""
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder_width: int = 0
+    encoder_depth: int = 2
+    tasks: int = 1
+    task_rank: int = 1
+    projected: bool = False
 
 
 @dataclasses.dataclass
@@ -278,7 +293,7 @@ class Source:
     loss_weight  of each supervised token of this source in the loss, which is the weighted mean over the step's tokens
     options  of the kind, e.g. {"split": "train", "task": "caption"}; for every kind `prompts`, a list of texts of which one, drawn by the
              sample's id, takes the place of what the user says ("Question: {} Short answer:": {} is what was said), and `system`, a
-             text in place of the template's system text ("" = none)
+             text in place of the template's system text ("" = none), and `task_id`, the number of its task for multi-task prompts
     limit    first samples only; 0 = all
     join     samples that are shown as one, one after the other: in-context rows of several pictures
     """
@@ -450,7 +465,8 @@ class Logging:
 
 @dataclasses.dataclass
 class Generate:
-    """For --job=generate and chat: `input` is a JSONL of messages, `output` where the answers go; or one `prompt` with `image`."""
+    """For --job=generate and chat: `input` is a JSONL of messages, `output` where the answers go; or one `prompt` with `image`. `task`:
+    the task, for multi-task prompts, of what is asked here and in chat (rows of `input` have their own `task_id`)."""
 
     input: str = ""
     output: str = ""
@@ -462,6 +478,7 @@ class Generate:
     top_k: int = 0
     stop: tuple[str, ...] = ()  # strings before which an answer ends
     batch: int = 8
+    task: int = 0
 
 
 @dataclasses.dataclass

@@ -17,7 +17,7 @@ from mmjax.models.encoder_config import CONNECTORS, PERCEIVERS
 from mmjax.models.tuning_config import fields as fields_of
 
 if TYPE_CHECKING:
-    from mmjax.config import Connector, FewShot, Model, Part, Recipe, Source, Stage
+    from mmjax.config import Adapter, Connector, FewShot, Model, Part, Recipe, Source, Stage
 
 MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 
@@ -30,7 +30,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads", "cross_every", "text_positions"), (1, math.inf)),
     **dict.fromkeys(("mlp_width", "text_vocab", "text_length", "contrast_width"), (0, math.inf)),
-    "first": (0, math.inf),
+    **dict.fromkeys(("tokens", "tasks", "task_rank", "encoder_depth"), (1, math.inf)),
+    **dict.fromkeys(("encoder_width", "task", "first"), (0, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
@@ -58,6 +59,7 @@ def problems(recipe: Recipe) -> list[str]:
             ]
         ),
         *_mesh(recipe),
+        *_exported(recipe),
     ]
 
 
@@ -150,10 +152,21 @@ def _model(model: Model) -> Iterator[str]:
         read = fields_of(adapter.kind)
         if "targets" in read and not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
+        yield from _in_front(f"model.adapters.{name}", name, adapter)
         for field in dataclasses.fields(adapter):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if field.name not in ("kind", *read) and getattr(adapter, field.name) != default:
                 yield f"model.adapters.{name}.{field.name} is not read by an adapter of kind {adapter.kind!r}, which reads {', '.join(read)}."
+
+
+def _in_front(key: str, name: str, adapter: Adapter) -> Iterator[str]:
+    """Prompts and prefixes."""
+    if adapter.kind == "p_tuning" and adapter.encoder == "mlp" and adapter.encoder_depth != 2:
+        yield f"{key}.encoder_depth is {adapter.encoder_depth}, and encoder='mlp' has two hidden layers; it counts those of an LSTM."
+    if adapter.kind == "prefix" and adapter.encoder_width and not adapter.projected:
+        yield f"{key}.encoder_width is of the MLP that makes a prefix with projected=True."
+    if adapter.kind == "prefix" and name == "cross_attention":
+        yield f"{key}: a prefix cannot be called so, since the leaves of cross-attention between blocks are."
 
 
 def _tiling(model: Model) -> Iterator[str]:
@@ -276,6 +289,17 @@ def _few_shot(key: str, settings: FewShot) -> Iterator[str]:
         yield from _source(f"{key}.source", settings.source)
     if settings.choose == "similar" and not settings.shots:
         yield f"{key}.choose is 'similar', but {key}.shots is 0: there is no picture to choose."
+
+
+def _exported(recipe: Recipe) -> Iterator[str]:
+    """What an export after training would only say at its end."""
+    kinds = ("prompt", "p_tuning", "multitask_prompt", "prefix")
+    unmerged = [name for name, adapter in recipe.model.adapters.items() if adapter.kind in kinds]
+    if unmerged and recipe.export.after_training and recipe.export.format != "peft":
+        yield (
+            f"export.format is {recipe.export.format!r}, but no weights can hold the adapter {unmerged[0]!r}, which stands in front of the "
+            "text: 'peft' writes it by itself."
+        )
 
 
 def _mesh(recipe: Recipe) -> Iterator[str]:

@@ -198,9 +198,9 @@ def _row(
     batch: Batch, decode: Callable[[list[int]], str], tokens_per_tile: int, row: int
 ) -> tuple[list[list[tuple[str, bool]]], list[np.ndarray]]:
     """One row as wrapped lines of (text, is supervised), and the pixels of its tiles."""
-    tokens, segments, media, weights = (
+    tokens, segments, media, weights, virtual = (
         np.asarray(field)[row] if field is not None else np.full_like(np.asarray(batch.tokens)[row], -1)
-        for field in (batch.tokens, batch.segments, batch.media, batch.weights)
+        for field in (batch.tokens, batch.segments, batch.media, batch.weights, batch.virtual)
     )
     taught = np.zeros(len(tokens), bool)
     if batch.decoder_tokens is None:
@@ -210,6 +210,9 @@ def _row(
         inside = np.flatnonzero(segments == segment)
         run: list[int] = []
         for i, position in enumerate(inside):
+            if virtual[position] >= 0:
+                spans += [("[prompt]", False)] * (virtual[position] == 0)
+                continue
             if media[position] >= 0:
                 if i == 0 or media[inside[i - 1]] < 0 or media[position] % max(tokens_per_tile, 1) == 0:
                     spans.append(("[image]", False))

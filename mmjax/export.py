@@ -20,9 +20,10 @@ from mmjax.families import composed, idefics, internvl, keys, llava, llava_llama
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
-from mmjax.models import adapters, new_rows, vit
+from mmjax.models import adapters, new_rows, prompts, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
+from mmjax.models.tuning_config import PrefixConfig
 from mmjax.preprocessing import (
     PLACEHOLDER,
     is_writable,
@@ -57,6 +58,11 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
         raise UserError(
             f"the adapters {', '.join(_names(model))} cannot stay apart in a whole model's directory; "
             "write them by themselves in peft's layout"
+        )
+    if unmerged := [a.name for a in model.config.adapters if isinstance(a, prompts.Prompt | PrefixConfig)]:
+        raise UserError(
+            f"{', '.join(unmerged)}: prompts and prefixes stand in front of the text, and no weights can hold them. Write them by "
+            "themselves, in peft's layout: --config.export.format=peft, or mmjax.export.save_adapters"
         )
     family, foreign = _target(model, layout)
     if not (family.keeps_rows and _only_beyond(model.config)):
@@ -117,7 +123,8 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
 
 def without_adapters(model: Model) -> Model:
     """The model as it is under its adapters."""
-    flat = {path: leaf for path, leaf in tree.flatten(model.params).items() if "/adapters/" not in path}
+    theirs = tree.flatten(adapters.leaves_of(model.params, _names(model)))
+    flat = {path: leaf for path, leaf in tree.flatten(model.params).items() if path not in theirs}
     config = dataclasses.replace(model.config, adapters=())
     return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
 

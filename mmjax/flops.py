@@ -4,7 +4,7 @@ The convention, said wherever a figure is printed (`CONVENTION`): a multiply-add
 2N forwards, 2N for the gradient of its input where something in front of it is trained, and 2N for its own gradient where it is
 trained itself: 6N trained, 4N frozen, 2N frozen with nothing trained in front. A causal attention costs half of a full one; the
 head is counted at supervised positions only; what rematerialisation computes twice is not counted. Norms, activations and
-lookups are left out. In a cross-attention between blocks a position of the text is counted as seeing one medium.
+lookups are left out, and what makes prompts and prefixes once a step for all rows. In a cross-attention between blocks a position of the text is counted as seeing one medium.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from typing import Literal, Sequence
 
 from mmjax import tree
-from mmjax.models import mobilenet_v2, multimodal, perceiver, qformer
+from mmjax.models import mobilenet_v2, multimodal, perceiver, prefix, qformer
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, MobileNetV2Config, ViTConfig
@@ -132,6 +132,8 @@ def training_flops(
             # a frozen layer's softmax still hands on a gradient to queries, keys and values alike: 1 or 3, never 2
             passes = 3 if _site("llm/layers/", layer) >= in_text else 1
             per_pair[window] += _attention(config.llm.block) * passes
+            if prefix.of(config):
+                per_token["llm attention"] += _attention(config.llm.block) * prefix.count(config) * passes
             per_cross_pair += _attention(config.llm.block) * passes if config.llm.encoder else 0.0
         for layer in range(config.llm.encoder.layers if config.llm.encoder else 0):
             assert config.llm.encoder is not None
@@ -198,9 +200,13 @@ def _site(path: str, layer: float) -> Site:
 
 
 def _place(path: str, layer: int, config: ModelConfig) -> Site:
-    """The site of a leaf's layer; a plug's stand before the blocks that it sits on."""
-    if path.startswith("llm/plugs/") and config.cross_attention is not None:
+    """The site of a leaf's layer; those of a cross-attention stand before the blocks that it sits on."""
+    if path.startswith("llm/plugs/cross_attention/") and config.cross_attention is not None:
         return (3, config.cross_attention.layers[layer] - 0.5)
+    if any(path.startswith(f"llm/plugs/{each.name}/") for each in prefix.of(config)):
+        return (3, float(layer))
+    if path.startswith("llm/prompts/"):
+        return (2, 0.0)
     return _site(path, layer)
 
 
@@ -334,8 +340,8 @@ def _is_head(path: str, config: ModelConfig) -> bool:
 
 
 def _is_matmul(path: str, config: ModelConfig) -> bool:
-    if path.startswith(("llm/pooler/", "llm/classifier/")):
-        return False  # not used in training on language
+    if path.startswith(("llm/pooler/", "llm/classifier/", "llm/prompts/")):
+        return False  # not used in training on language, or not for every position
     if path == "connector/embed/embedding":
         return bool(config.connector and config.connector.contrast_width)
     return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith(("/embedding", "/new_rows")) and _is_head(path, config))

@@ -25,7 +25,7 @@ from mmjax.inference.generate import Ended
 from mmjax.inference.generate import generate as generate_tokens
 from mmjax.inference.sampling import Sampling, from_file
 from mmjax.inference.stopping import before_stop, stopper
-from mmjax.models import new_rows
+from mmjax.models import new_rows, prompts
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.tree import Params
 
@@ -93,6 +93,7 @@ class Model:
         start = self.generation.get("decoder_start_token_id")
         foreign = self.foreign if start is None else {**self.foreign, "decoder_start_token_id": start}
         batch = self.family.prompt(self.config, foreign, self._masked(self._known(inputs)))
+        batch = prompts.prepended(self.config, batch)
         if not ignore_eos and self.eos_ids:
             sampling = {"end": self.eos_ids, **sampling}
         settings = self.sampling(max_new_tokens, ignore_eos=ignore_eos, **sampling)
@@ -102,11 +103,17 @@ class Model:
         return (out.tokens[:, :used], out.scores[:, :used]) if out.scores is not None else out.tokens[:, :used]
 
     def chat(
-        self, messages: Sequence[Message], max_new_tokens: int = 256, *, stop: Sequence[str] = (), **sampling: Any
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 256,
+        *,
+        stop: Sequence[str] = (),
+        task: int = 0,
+        **sampling: Any,
     ) -> str:
         """The answer to a conversation in Hugging Face messages; an image part has a `path` or the `image` itself. It ends before
-        the first of the strings `stop`."""
-        return self.answers([messages], max_new_tokens, stop=stop, **sampling)[0]
+        the first of the strings `stop`. `task`: of multi-task prompts, the one it is of."""
+        return self.answers([messages], max_new_tokens, stop=stop, task=task, **sampling)[0]
 
     def answers(
         self,
@@ -114,10 +121,12 @@ class Model:
         max_new_tokens: int = 256,
         *,
         stop: Sequence[str] = (),
+        task: int = 0,
         **sampling: Any,
     ) -> list[str]:
         """The answers to several conversations, generated together."""
-        examples = [self.prompt(Sample(f"conversation {i}", validated(list(c)))) for i, c in enumerate(conversations)]
+        samples = [Sample(f"conversation {i}", validated(list(c)), task=task) for i, c in enumerate(conversations)]
+        examples = [self.prompt(sample) for sample in samples]
         batch = self.collate([[example] for example in examples])
         settings = self.sampling(max_new_tokens, **sampling)
         ended = self.ended((*stop, *self.stops), settings)
@@ -155,6 +164,8 @@ class Model:
             placeholder=self._placeholder(),
             start_token=start,
             beside=self.text_beside(self.connector_text) if self.connector_text else None,
+            virtual=prompts.count(self.config),
+            tasks=prompts.tasks(self.config),
         )
 
     def _placeholder(self) -> int | None:
@@ -197,6 +208,7 @@ class Model:
         longest = max((len(ids) for row in rows for example in row for ids in example.beside), default=0)
         beside = min(self.connector_text, -(-max(longest, 1) // 32) * 32)  # few lengths are compiled
         known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": beside}
+        known |= {"virtual": prompts.count(self.config)}
         known |= {"stitched": self.config.features.stitching is not None}
         known |= {"row_media": 0} if self.config.cross_attention is not None else {}
         return collate(rows, **{**known, **settings})
@@ -333,12 +345,12 @@ class Model:
         save(self, Path(path), layout=layout, dtype=dtype, merge_adapters=merge_adapters)
 
     def _known(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        taken = (*self.family.inputs, "task_ids") if prompts.tasks(self.config) else self.family.inputs
         for name in inputs:
-            if name not in self.family.inputs:
-                near = difflib.get_close_matches(name, self.family.inputs, 1)
+            if name not in taken:
+                near = difflib.get_close_matches(name, taken, 1)
                 nearest = f" (nearest: {near[0]!r})" if near else ""
-                kind, known = self.family.model_types[0], ", ".join(self.family.inputs)
-                raise UserError(f"unknown input {name!r}{nearest}; a {kind} takes {known}")
+                raise UserError(f"unknown input {name!r}{nearest}; a {self.family.model_types[0]} takes {', '.join(taken)}")
         return {name: _array(value) for name, value in inputs.items() if value is not None}
 
 

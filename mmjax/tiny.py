@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from mmjax.config import Evaluation, Model, Part, Recipe, Source, Stage
+from mmjax.config import Adapter, Evaluation, Model, Part, Recipe, Source, Stage
+from mmjax.models.tuning_config import fields as fields_of
 
 SIZES: dict[str, int] = {
     "hidden_size": 32,
@@ -80,10 +81,7 @@ def _model(model: Model) -> Model:
         every = min(crossed.every, SIZES["num_hidden_layers"])
         small: dict[str, Any] = {"every": every, "first": min(crossed.first, every - 1), "heads": 2, "head_dim": 16}
         crossed = dataclasses.replace(crossed, **small)
-    adapters = {
-        name: dataclasses.replace(adapter, rank=min(adapter.rank, 4), alpha=adapter.alpha * min(adapter.rank, 4) / adapter.rank)
-        for name, adapter in model.adapters.items()
-    }
+    adapters = {name: _adapter(adapter) for name, adapter in model.adapters.items()}
     return dataclasses.replace(
         model,
         path="",
@@ -95,6 +93,16 @@ def _model(model: Model) -> Model:
         tokenizer=dataclasses.replace(model.tokenizer, path="", vocab_size=SIZES["vocab_size"]),
         adapters=adapters,
     )
+
+
+def _adapter(adapter: Adapter) -> Adapter:
+    """The fields that its kind reads made small."""
+    read = fields_of(adapter.kind)
+    small: dict[str, Any] = {}
+    if "rank" in read:
+        small |= {"rank": min(adapter.rank, 4), "alpha": adapter.alpha * min(adapter.rank, 4) / adapter.rank}
+    small |= {name: min(getattr(adapter, name), most) for name, most in (("tokens", 4), ("encoder_width", 16)) if name in read}
+    return dataclasses.replace(adapter, **small)
 
 
 def _part(part: Part) -> Part:
@@ -139,7 +147,7 @@ def _source(source: Source, split: str, tiles: bool) -> Source:
     if source.kind in ("digits", "digit_facts"):
         return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
     task = "caption" if source.kind == "captions" else "questions"
-    prompts: dict[str, Any] = {key: value for key, value in source.options.items() if key in ("prompts", "system")}
+    prompts: dict[str, Any] = {key: value for key, value in source.options.items() if key in ("prompts", "system", "task_id")}
     shapes: dict[str, Any] = {"canvas": "any"} if tiles else {}
     options: dict[str, Any] = {"split": split, "task": task, "size": SAMPLES, **shapes, **prompts}
     return Source(kind="digits", weight=source.weight, options=options)

@@ -258,6 +258,19 @@ def _turns(config: Arrays) -> list[list[str]]:
     return [[question, answer + end] for question, answer in zip(asked, samples["answer"])]
 
 
+def in_front(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """A prompt or prefix in peft's layout over its base; what is generated goes on from the first row."""
+    model, base = mmjax.load(directory), mmjax.load(directory / config["base_dir"])
+    found: Arrays = dict(model(inputs))
+    found["base_logits"] = base({name: value for name, value in inputs.items() if name != "task_ids"})["logits"]
+    if "generated_ids" in wanted:
+        real = inputs.get("attention_mask", np.ones_like(inputs["input_ids"]))[0] != 0
+        prompt = {"input_ids": inputs["input_ids"][:1, real]}
+        prompt |= {"task_ids": inputs["task_ids"][:1]} if "task_ids" in inputs else {}
+        found["generated_ids"] = model.generate(prompt, max_new_tokens=16, ignore_eos=True)
+    return found
+
+
 def _connector(directory: Path, config: ConnectorConfig, rules: list[keys.Rule]) -> Arrays:
     shapes = multimodal.shapes(ModelConfig(connector=config))
     return keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["connector"]
@@ -275,4 +288,5 @@ PARTS = {
     "otter_gated_xattn": gated_cross_attention_block,
     "otter_perceiver": flamingo_perceiver,
     "vila_projector": vila_projector,
+    **dict.fromkeys(("peft_prompt_tuning", "peft_p_tuning", "peft_prefix_tuning", "peft_multitask_prompt_tuning"), in_front),
 }

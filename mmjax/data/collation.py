@@ -26,6 +26,7 @@ def collate(
     answer_length: int = 0,
     stitched: bool = False,
     beside_length: int = 0,
+    virtual: int = 0,
 ) -> Batch:
     """A Batch of these rows, each with one or several samples, padded on the right.
 
@@ -40,6 +41,7 @@ def collate(
     answer_length   positions of an encoder-decoder's decoder; 0 = as many as the longest row of answers has
     stitched      whether the tiles of an image are stitched into one map: two of them at least, an overview and a grid
     beside_length   tokens of the text that a Q-Former reads beside a tile; 0 = it reads none
+    virtual       places in front of every sample that are virtual tokens' (Encoder.virtual)
 
     Without any token (classification) the token fields are None, without any tile the image fields.
     Raises ValueError where something does not fit.
@@ -51,6 +53,8 @@ def collate(
     tiles = tiles or max(sum(example.tile_count for example in group) for group in fed)
     length = length or max((sum(len(example.ids) for example in row) for row in rows), default=0)
     fields = _tokens(grouped, length, tiles, mask, media_positions) if length else {}
+    if virtual and length:
+        fields |= _virtual(rows, length, virtual)
     if row_media is not None and length and tiles:
         fields |= _crossed(grouped, fields["media"], row_media)
     answers = [sum(len(e.decoder_ids) for e in row if e.decoder_ids is not None) for row in rows]
@@ -92,6 +96,18 @@ def _tokens(
             number += 1
     spans = spans_of(mask, fields["segments"], fields["media"] >= 0, fields["weights"] > 0)
     return fields if spans is None else {**fields, "spans": spans}
+
+
+def _virtual(rows: Sequence[Sequence[Example]], length: int, count: int) -> dict[str, np.ndarray]:
+    """Where the virtual tokens stand, and the task of each position's sample."""
+    fields = {"virtual": np.full((len(rows), length), -1, np.int32), "task": np.zeros((len(rows), length), np.int32)}
+    for number, row in enumerate(rows):
+        at = 0
+        for example in row:
+            fields["virtual"][number, at : at + count] = np.arange(count)
+            fields["task"][number, at : at + len(example.ids)] = example.task
+            at += len(example.ids)
+    return fields
 
 
 def _crossed(grouped: Sequence[Sequence[Sequence[Example]]], media: np.ndarray, count: int) -> dict[str, np.ndarray]:

@@ -40,6 +40,7 @@ class Example:
     decoder_ids, decoder_labels   int32 [m], of an encoder-decoder, whose encoder reads `ids`: what its decoder reads, and the id
             to be predicted from each of these positions, else -100
     beside     for each image the text that a Q-Former reads beside it, int32 [any]; () = none
+    task       the number of its task, which multi-task prompts read
     """
 
     id: str
@@ -56,6 +57,7 @@ class Example:
     decoder_ids: np.ndarray | None = None
     decoder_labels: np.ndarray | None = None
     beside: tuple[np.ndarray, ...] = ()
+    task: int = 0
 
     def __post_init__(self) -> None:
         if len(self.tiles) != len(self.images):
@@ -82,6 +84,8 @@ class Encoder:
     start_token              of an encoder-decoder: what its decoder begins with; None = the model has no encoder of text
     max_answer               longer answers of an encoder-decoder are cut; 0 = no limit
     beside                   how a Q-Former is told what the user says; None = it reads no text
+    virtual                  places in front of every sample that prompts take (mmjax.models.prompts); ids are 0 there
+    tasks                    tasks that multi-task prompts know; 0 = there are none
 
     The text between two images is tokenised on its own, and the tokenizer's start token is put once, as LLaVA does.
     An encoder-decoder's encoder reads everything before the last answer (images, earlier turns), with the end token where its
@@ -101,6 +105,8 @@ class Encoder:
     start_token: int | None = None
     max_answer: int = 0
     beside: TextBeside | None = None
+    virtual: int = 0
+    tasks: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -126,6 +132,12 @@ class Encoder:
         shown, spans = [], []  # of each image: the part; its first position and the one behind it
         grids: list[tuple[int, int]] = []
         opening = next((segment.text for segment in segments if segment.text), "")
+        if self.tasks and sample.task >= self.tasks:
+            raise BadSample(sample.id, f"it is of task {sample.task}, and the model's prompts know 0 to {self.tasks - 1}")
+        if self.virtual:
+            ids.append(np.zeros(self.virtual, int))
+            labels.append(np.full(self.virtual, IGNORED))
+            media.append(np.full(self.virtual, -1))
         if self._adds_bos and not opening.startswith(self.tokenizer.bos_token):
             ids.append(np.array([self.tokenizer.bos_token_id]))
             labels.append(np.array([IGNORED]))
@@ -161,6 +173,7 @@ class Encoder:
             tile_tokens=self.tokens_per_image,
             grids=tuple(grids),
             beside=self.beside.instructions(sample.messages) if self.beside else (),
+            task=sample.task,
         )
         if self.max_length and len(example.ids) > self.max_length:
             if generation_prompt or answer:
@@ -236,7 +249,7 @@ class Encoder:
     def collation(self) -> dict[str, Any]:
         """How its examples are collated, as keyword arguments."""
         beside = self.beside.length if self.beside else 0
-        known = {"mask": self.mask, "media_positions": self.media_positions, "stitched": self.stitched}
+        known = {"mask": self.mask, "media_positions": self.media_positions, "stitched": self.stitched, "virtual": self.virtual}
         return {**known, "beside_length": beside}
 
     @property

@@ -79,6 +79,22 @@ class Told(Wrapped):
         return dataclasses.replace(sample, messages=[said, *sample.messages])
 
 
+class OfTask(Wrapped):
+    """Samples that are all of one task, which multi-task prompts read."""
+
+    def __init__(self, dataset: Dataset, task: int):
+        if not isinstance(task, int) or task < 0:
+            raise UserError(f"task_id: give the number of a task, from 0, not {task!r}")
+        super().__init__(dataset)
+        self.task = task
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return dataclasses.replace(self.dataset[index], task=self.task)
+
+
 class Prompted(Wrapped):
     """Every text of the user in the words of one of `prompts`, in which {} is its place; a prompt without {} takes its place."""
 

@@ -35,12 +35,14 @@ class Sample:
     kind      the kind of question, for figures per kind
     answers   what an evaluation accepts, the last answer itself if the data says nothing else; for the classification
               objective the class
+    task      the number of its task, which multi-task prompts read
     """
 
     id: str
     messages: list[Message]
     kind: str = ""
     answers: tuple[str, ...] = ()
+    task: int = 0
 
 
 class BadSample(UserError):
@@ -55,13 +57,16 @@ class BadSample(UserError):
 
 
 def from_messages(row: Mapping[str, Any], id: str) -> Sample:
-    """A Sample from a row `{"id", "messages", "images", "kind", "answers"}`, of which only `messages` must be there.
+    """A Sample from a row `{"id", "messages", "images", "kind", "answers", "task_id"}`, of which only `messages` must be there.
 
     Raises BadSample.
     """
     id = _id(row, id)
     messages = validated(row.get("messages"), id, _images(row, id))
-    return Sample(id, messages, str(row.get("kind", "")), _answers(row, messages))
+    task = row.get("task_id", 0)
+    if not isinstance(task, int) or task < 0:
+        raise BadSample(id, f"`task_id` is {task!r}, not the number of a task")
+    return Sample(id, messages, str(row.get("kind", "")), _answers(row, messages), task)
 
 
 def from_llava(row: Mapping[str, Any], id: str) -> Sample:

@@ -44,7 +44,7 @@ class Dataset(Protocol):
 
 def open(source: config.Source) -> Dataset:
     """The source's data set. Raises UserError for an unknown kind or option, or a file that is not there."""
-    rest = {option: value for option, value in source.options.items() if option not in ("prompts", "system")}
+    rest = {option: value for option, value in source.options.items() if option not in ("prompts", "system", "task_id")}
     if source.kind not in OPENERS:
         near = difflib.get_close_matches(source.kind, OPENERS, 1)
         raise UserError(
@@ -57,6 +57,7 @@ def open(source: config.Source) -> Dataset:
     dataset = First(dataset, source.limit) if 0 < source.limit < len(dataset) else dataset
     dataset = in_context.Prompted(dataset, source.options["prompts"]) if "prompts" in source.options else dataset
     dataset = in_context.Told(dataset, source.options["system"]) if "system" in source.options else dataset
+    dataset = in_context.OfTask(dataset, source.options["task_id"]) if "task_id" in source.options else dataset
     return in_context.Joined(dataset, source.join) if source.join > 1 else dataset
 
 

@@ -1,7 +1,7 @@
 """Inputs and outputs of language models as transformers names them.
 
 Inputs: `input_ids` [rows, length], `attention_mask` (1 = real), `position_ids`, `labels` (-100 = not predicted;
-shifted inside). Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, `aux_loss` of a mixture of
+shifted inside); with multi-task prompts also `task_ids` [rows]. Outputs: `logits` [rows, length, vocab], `last_hidden_state`, `loss` with labels, `aux_loss` of a mixture of
 experts (part of the loss where the config asks for router logits), and `hidden_states_i` on request (0 = the embeddings, the last one after the final norm). What stands at padded positions
 means nothing.
 """
@@ -18,7 +18,7 @@ import numpy as np
 from mmjax.batch import Batch
 from mmjax.errors import UserError
 from mmjax.families.family import Config, Inputs
-from mmjax.models import decoder, multimodal, vit
+from mmjax.models import decoder, multimodal, prompts, vit
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.models.experts import balance_loss
@@ -40,7 +40,8 @@ def counted_outputs(
     params: Params, config: ModelConfig, foreign: Config, inputs: Inputs, run: Execution, states: bool
 ) -> dict:
     """The same for a family that counts real positions only (OPT)."""
-    found = run_language(params, text_batch(config, inputs), config=config, run=run, states=states)
+    batch = prompts.prepended(config, text_batch(config, inputs), inputs.get("labels"))
+    found = run_language(params, batch, config=config, run=run, states=states)
     if "loss" in found and "aux_loss" in found and foreign.get("output_router_logits"):
         found["loss"] = found["loss"] + foreign.get("router_aux_loss_coef", 0.001) * found["aux_loss"]
     return found
@@ -72,8 +73,8 @@ def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = No
     positions = inputs.get("position_ids", counted)
     decoder.require_positions(config.llm, int(positions.max(initial=0)) + 1)
     media = np.where(is_media, np.cumsum(is_media).reshape(ids.shape) - 1, -1)
-    wanted = targets(inputs.get("labels"))
-    supervised = wanted["weights"] > 0 if wanted else np.zeros(ids.shape, bool)
+    wanted = {**targets(inputs.get("labels")), **tasks_of(config, inputs)}
+    supervised = wanted["weights"] > 0 if "weights" in wanted else np.zeros(ids.shape, bool)
     return Batch(
         tokens=np.where(mask & ~is_media, ids, 0).astype(np.int32),
         segments=mask.astype(np.int32),
@@ -82,6 +83,16 @@ def text_batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = No
         media=media.astype(np.int32),
         **wanted,
     )
+
+
+def tasks_of(config: ModelConfig, inputs: Inputs) -> dict[str, np.ndarray]:
+    """`task` of a batch from `task_ids` [rows], which multi-task prompts read; nothing where they are not given."""
+    if "task_ids" not in inputs:
+        return {}
+    ids, rows, known = np.asarray(inputs["task_ids"]).reshape(-1), inputs["input_ids"], prompts.tasks(config)
+    if len(ids) != len(rows) or ids.min(initial=0) < 0 or ids.max(initial=0) >= known:
+        raise UserError(f"task_ids {ids.tolist()} are not one of 0 to {known - 1} for each of {len(rows)} rows")
+    return {"task": np.broadcast_to(ids[:, None], rows.shape).astype(np.int32)}
 
 
 def targets(labels: np.ndarray | None, shifted: bool = True) -> dict[str, np.ndarray]:
@@ -141,6 +152,7 @@ def decoded_outputs(
     `encoder_last_hidden_state`. With `padding_sees` it sees what is real, which matters where it predicts a label."""
     assert config.llm is not None
     found: dict[str, jax.Array] = {}
+    batch = prompts.prepended(config, batch)
     reading = multimodal.read(params, config, batch, run, media)
     if reading.encoded is not None:
         found["encoder_last_hidden_state"] = reading.encoded.last
@@ -154,7 +166,16 @@ def decoded_outputs(
         assert decoded.states is not None
         found.update({f"hidden_states_{i}": decoded.states[i] for i in range(config.llm.layers)})
         found[f"hidden_states_{config.llm.layers}"] = decoded.last
-    return found
+    return without_virtual(config, found)
+
+
+def without_virtual(config: ModelConfig, found: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The outputs at positions of text alone, as the inputs have them; `virtual_logits` are those at the prompts' virtual tokens."""
+    new = prompts.count(config)
+    if not new or config.language.encoder is not None:
+        return found
+    text = {name: value[:, new:] if value.ndim == 3 else value for name, value in found.items()}
+    return {**text, "virtual_logits": found["logits"][:, :new]}
 
 
 def media_features(

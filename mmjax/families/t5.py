@@ -23,7 +23,7 @@ from mmjax.families import language, llama
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
 from mmjax.families.keys import Rule, linear, norm, rule, same_tensor
-from mmjax.models import decoder, multimodal
+from mmjax.models import decoder, multimodal, prompts
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig, RelativeBias
 from mmjax.tree import Params
@@ -215,7 +215,7 @@ def teaching(config: ModelConfig, foreign: Config, inputs: Inputs, placeholder: 
 
 def _batch(config: ModelConfig, inputs: Inputs, placeholder: int | None = None) -> Batch:
     """What the encoder reads, and what the decoder has read of its own, if that is given."""
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask", "task_ids") if name in inputs}
     batch = language.text_batch(config, given, placeholder)
     prefix = {name: inputs[f"decoder_{name}"] for name in ("input_ids", "attention_mask") if f"decoder_{name}" in inputs}
     if "input_ids" not in prefix:
@@ -248,7 +248,7 @@ def _run(
     params: Params, batch: Batch, *, config: ModelConfig, run: Execution, states: bool
 ) -> dict[str, jax.Array]:
     ours = config.language
-    given = multimodal.read(params, config, batch, run, return_states=states)
+    given = multimodal.read(params, config, prompts.prepended(config, batch), run, return_states=states)
     decoded = multimodal.decode_reading(params, config, given, run, return_states=states)
     assert given.encoded is not None
     found = {"last_hidden_state": decoded.last, "encoder_last_hidden_state": given.encoded.last}

@@ -21,7 +21,7 @@ from mmjax.errors import UserError
 from mmjax.inference.beams import Beams
 from mmjax.inference.rows import Rows
 from mmjax.inference.sampling import Sampling
-from mmjax.models import decoder, multimodal
+from mmjax.models import decoder, multimodal, prefix
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.parallel.sharding import batch_shardings, shards_of
 
@@ -29,6 +29,7 @@ Params = dict[str, Any]
 Ended = Callable[[np.ndarray], int | None]
 """From a row's new ids to how many of them its answer is, None where it goes on (see mmjax.inference.stopping)."""
 
+VIRTUAL = {"virtual": -1, "task": 0}  # fields of prompts, and what they are at padding and behind the prompt
 CROSSED = ("begun", "media_seen")  # fields that say of each position which media the blocks' cross-attention shows it
 ROOM = 32  # the number of new tokens is rounded up to a multiple, so that few lengths are compiled
 LOOK = 8  # tokens between two looks for stop strings
@@ -100,7 +101,7 @@ def _states(
     batch = _prompts(config.language, batch)
     if (batch.tokens if batch.decoder_tokens is None else batch.decoder_tokens).shape[1] != 1:
         sampling = dataclasses.replace(sampling, forced_bos_token_id=-1)
-    longest = int(np.max(batch.positions, initial=0)) + 1
+    longest = int(np.max(batch.positions, initial=0)) + 1 + prefix.count(config)
     decoder.require_positions(config.language, longest + limit - 1)
     copies = 1 if beams else sampling.num_return_sequences
     batch = divided(params, pad_prompt(repeated(batch, copies)))
@@ -126,6 +127,7 @@ def _states(
 def _prompts(config: DecoderConfig, batch: Batch) -> Batch:
     """The batch on the host, an encoder-decoder's with what its decoder begins with."""
     fields = {name: np.asarray(getattr(batch, name)) for name in ("tokens", "segments", "positions")}
+    fields |= {name: np.asarray(getattr(batch, name)) for name in VIRTUAL if getattr(batch, name) is not None}
     media = np.full_like(fields["tokens"], -1) if batch.media is None else np.asarray(batch.media)
     if batch.spans is not None:
         fields["spans"] = np.asarray(batch.spans)
@@ -141,7 +143,7 @@ def repeated(batch: Batch, times: int) -> Batch:
     if times == 1:
         return batch
     texts = ("tokens", "segments", "positions", "spans", "media", "decoder_tokens", "decoder_segments")
-    in_rows = (*texts, *CROSSED, "row_media", "media_segments")
+    in_rows = (*texts, *VIRTUAL, *CROSSED, "row_media", "media_segments")
     fields = {name: np.repeat(getattr(batch, name), times, 0) for name in in_rows if getattr(batch, name) is not None}
     return dataclasses.replace(batch, **fields)
 
@@ -153,6 +155,7 @@ def pad_prompt(batch: Batch) -> Batch:
     if batch.spans is not None:
         fields["spans"] = (batch.spans, 0)
     fields |= {name: (getattr(batch, name), 0) for name in CROSSED if getattr(batch, name) is not None}
+    fields |= {name: (getattr(batch, name), fill) for name, fill in VIRTUAL.items() if getattr(batch, name) is not None}
     out = _padded_left(fields, np.asarray(batch.segments), 32)
     if batch.decoder_tokens is not None:
         fields = {name: (getattr(batch, name), 0) for name in ("decoder_tokens", "decoder_segments")}
@@ -205,6 +208,7 @@ def _extended(batch: Batch, tokens: np.ndarray) -> Batch:
     }
     if batch.spans is not None:
         more["spans"] = np.zeros_like(tokens)
+    more |= {name: np.full_like(tokens, fill) for name, fill in VIRTUAL.items() if getattr(batch, name) is not None}
     for name in CROSSED:
         if (given := getattr(batch, name)) is not None:
             more[name] = np.repeat(given[:, -1:], tokens.shape[1], 1)
@@ -241,6 +245,8 @@ def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, 
 def _seen(batch: Batch, vocab: int) -> jax.Array:
     """bool [rows, vocab]: the ids of the prompts, of an encoder-decoder those that its decoder begins with."""
     ids, text = batch.tokens, (batch.segments > 0) & (batch.media < 0)
+    if batch.virtual is not None:
+        text = text & (batch.virtual < 0)
     if batch.decoder_tokens is not None:
         ids, text = batch.decoder_tokens, batch.decoder_segments > 0
     ids = jnp.where(text, ids, vocab)
@@ -296,6 +302,7 @@ def _advance(
     run: Execution,
 ) -> Rows | Beams:
     """Chooses tokens until `stop` of them stand or all answers have ended."""
+    params = multimodal.prepared(params, config)
 
     def one(state):
         last = jax.lax.dynamic_index_in_dim(state.written, state.step - 1, 1, keepdims=False)

@@ -78,7 +78,7 @@ def talk(model: Model, settings: config.Generate, lines: Iterable[str], out: Tex
 
 def pieces(model: Model, settings: config.Generate, messages: list[Message]) -> Iterator[str]:
     """The answer to a conversation, piece by piece as it is generated."""
-    example = model.prompt(Sample("the conversation", validated(messages)))
+    example = model.prompt(Sample("the conversation", validated(messages), task=settings.task))
     chosen: dict[str, Any] = {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
     sampling = model.sampling(settings.max_new_tokens, num_beams=1, **chosen)  # beams are not known until their end
     ended = model.ended((*settings.stop, *model.stops))

@@ -8,13 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 
 import mmjax
+from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.config import Recipe
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
 from mmjax.export import save_adapters, without_adapters
 from mmjax.model import Model
-from mmjax.models import multimodal
+from mmjax.models import multimodal, prompts
+from mmjax.models.adapters import leaves_of
 from mmjax.results import record
 from mmjax.training.trainable import select
 
@@ -65,7 +67,8 @@ def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
 def _only_adapters_trained(model: Model, recipe: Recipe) -> bool:
     """Whether everything the stages train is a leaf of an adapter."""
     trained = [select(model.params, recipe.stages[name].trainable, name).leaves for name in recipe.run]
-    return all("/adapters/" in path for leaves in trained for path in leaves)
+    own = tree.flatten(leaves_of(model.params, [adapter.name for adapter in model.config.adapters]))
+    return all(path in own for leaves in trained for path in leaves)
 
 
 def logit_difference(model: Model, other: Model) -> float:
@@ -86,12 +89,14 @@ def logit_difference(model: Model, other: Model) -> float:
         positions=jnp.arange(length, dtype=jnp.int32)[None],
         media=jnp.asarray(places, jnp.int32),
         images=None if images is None else jnp.asarray(images, jnp.uint8),
+        task=jnp.zeros((1, length), jnp.int32),
     )
     first, second = (_logits(m, batch)[..., :vocab] for m in (model, other))
     return float(np.abs(first - second).max() / np.abs(first).max())
 
 
 def _logits(model: Model, batch: Batch) -> np.ndarray:
+    batch = prompts.prepended(model.config, batch)
     states = multimodal.hidden(model.params, model.config, batch, model.run)
     return np.asarray(multimodal.head(model.params, model.config, states))
 

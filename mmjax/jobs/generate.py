@@ -46,7 +46,7 @@ def answer_one(model: Model, settings: config.Generate) -> str:
     """The answer to generate.prompt about generate.image."""
     image = [{"type": "image", "path": settings.image}] if settings.image else []
     messages = [{"role": "user", "content": [*image, {"type": "text", "text": settings.prompt}]}]
-    return model.chat(messages, settings.max_new_tokens, stop=settings.stop, **_sampling(settings))
+    return model.chat(messages, settings.max_new_tokens, stop=settings.stop, task=settings.task, **_sampling(settings))
 
 
 def answer_file(model: Model, settings: config.Generate, output: Path) -> None:

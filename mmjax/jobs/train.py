@@ -27,6 +27,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.run import evaluate
 from mmjax.jobs.export import export
 from mmjax.model import Model
+from mmjax.models import prefix
 from mmjax.models.decoder import require_positions
 from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
 from mmjax.parallel.sharding import format_table, param_shardings, table
@@ -34,7 +35,7 @@ from mmjax.results import record
 from mmjax.training.loop import Run, noting_sigterm, train
 from mmjax.training.metrics import Journal
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.trainable import select, shapes
+from mmjax.training.trainable import Selection, select, shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -151,9 +152,23 @@ def _check_stages(recipe: Recipe, model: Model) -> None:
                 "(a Q-Former's; 256 in BLIP-2)."
             )
         if stage.objective == "language":
-            require_positions(model.config.language, stage.length)
+            require_positions(model.config.language, stage.length + prefix.count(model.config))
+            _warn_of_settled(model, selection, key)
         if stage.cache_features and any(path.startswith("vision/") for path in selection.leaves):
             raise UserError(f"{key}.cache_features: the features change, since {key}.trainable has leaves of the encoder.")
+
+
+def _warn_of_settled(model: Model, selection: Selection, key: str) -> None:
+    """Says where what is trained was made by an encoder that is not there: peft's files hold its results alone."""
+    for adapter in model.config.adapters:
+        held = (f"llm/prompts/{adapter.name}/", f"llm/plugs/{adapter.name}/")
+        if getattr(adapter, "settled", False) and any(path.startswith(held) for path in selection.leaves):
+            log.warning(
+                "%s: adapter %r comes from a peft directory, which does not hold the encoder that made its vectors. Its training cannot "
+                "be gone on with; what is trained now are the vectors themselves.",
+                key,
+                adapter.name,
+            )
 
 
 def _pipelines(

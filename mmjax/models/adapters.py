@@ -16,7 +16,7 @@ the batch; an adapter without one counts in full, and one that is not in config.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.errors import UserError
-from mmjax.models import elementwise, linear_port, lora
+from mmjax.models import elementwise, linear_port, lora, prefix, prompts
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import stored
-from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, NormConfig
+from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, NormConfig, PrefixConfig
 
 Params = dict[str, Any]
 Layers = tuple[int, ...] | None  # of a stack; None where there is none
@@ -98,6 +98,10 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
     flat = _with_tied_head(tree.flatten(params), config)
     fresh: Leaves = {}
     for adapter in config.adapters:
+        if isinstance(adapter, PrefixConfig | prompts.Prompt):
+            key, own = jax.random.split(key)
+            made = _in_front(own, adapter, config)
+            fresh |= {} if made.keys() <= flat.keys() else made
         for place in places(params, config, adapter):
             if getattr(adapter, "dropout", 0.0) and place.path.startswith("llm/plugs/"):
                 raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {place.path}")
@@ -111,6 +115,13 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
                 leaves = elementwise.draw(adapter, place.path, shape)
             fresh |= {f"{place.at}/{name}": leaf for name, leaf in leaves.items() if f"{place.at}/{name}" not in flat}
     return tree.merge(params, tree.unflatten(fresh))
+
+
+def _in_front(key: jax.Array, adapter: prompts.Prompt | PrefixConfig, config: ModelConfig) -> Leaves:
+    """Fresh leaves, by path, of what stands in front of the text."""
+    if isinstance(adapter, PrefixConfig):
+        return prefix.init(key, adapter, config.language)
+    return tree.flatten(prompts.init(key, adapter, config.language.input_width), prompts.path(adapter.name) + "/")
 
 
 def settle(params: Params, before: Params, config: ModelConfig) -> Params:
@@ -203,6 +214,12 @@ def _to_merge(
             shape = bare[_weight_at(path)].shape
             bare[f"{path}/bias"] = jnp.zeros((*shape[:-2], shape[-1]))
     return bare, found, config
+
+
+def leaves_of(params: Params, names: Sequence[str]) -> Params:
+    """The leaves of the adapters of these names, wherever they stand."""
+    places = tuple(f"/{port}/{name}/" for name in names for port in ("adapters", "plugs", "prompts"))
+    return tree.unflatten({p: leaf for p, leaf in tree.flatten(params).items() if any(place in p for place in places)})
 
 
 def has_port(path: str) -> bool:

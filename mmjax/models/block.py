@@ -23,13 +23,14 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 class Extra(NamedTuple):
     """Keys and values [1 or rows, P, kv_heads (or heads), dim] that a plug adds to a layer's own. Without a gate they join its softmax,
-    seen by all; with one, [heads] or [1], they have a softmax of their own, whose result is multiplied by it, and are seen as the mask
-    says (None: by all)."""
+    seen by all, and `bias` [rows, heads, T, P] is added to their scores in a model that has biases; with one, [heads] or [1], they
+    have a softmax of their own, whose result is multiplied by it, and are seen as the mask says (None: by all)."""
 
     keys: jax.Array
     values: jax.Array
     gate: jax.Array | None = None
     mask: Mask | None = None
+    bias: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,8 +121,7 @@ class Attention(nn.Module):
                 more = [jnp.broadcast_to(a.astype(key.dtype), (len(key), *a.shape[1:])) for a in extra[:2]]
                 key, value = jnp.concatenate([more[0], key], 1), jnp.concatenate([more[1], value], 1)
                 mask = dataclasses.replace(mask, free_keys=mask.free_keys + more[0].shape[1])
-                if bias is not None:
-                    bias = jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (more[0].shape[1], 0)))
+                bias = _with_bias(bias, extra, len(key), key.shape[1])
             else:
                 own = _read_apart(query, extra, c, self.backend)
                 gated.append(own * extra.gate[:, None].astype(own.dtype))
@@ -131,6 +131,17 @@ class Attention(nn.Module):
         for change in gated:
             y = y + change
         return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
+
+
+def _with_bias(bias: jax.Array | None, extra: Extra, rows: int, keys: int) -> jax.Array | None:
+    """The bias of all keys, the extra ones in front; theirs is 0 where they bring none."""
+    if bias is None:
+        if extra.bias is not None:
+            raise ValueError("keys with a bias stand in front of keys that have none")
+        return None
+    if extra.bias is None:
+        return jnp.pad(bias, ((0, 0), (0, 0), (0, 0), (keys - bias.shape[-1], 0)))
+    return jnp.concatenate([jnp.broadcast_to(a, (rows, *a.shape[1:])) for a in (extra.bias, bias)], -1)
 
 
 def _read_apart(query: jax.Array, extra: Extra, config: BlockConfig, backend: str) -> jax.Array:

@@ -19,6 +19,8 @@ from mmjax.models import (
     gated_cross_attention,
     mobilenet_v2,
     ports,
+    prefix,
+    prompts,
     qformer,
     scales,
     text_tower,
@@ -126,13 +128,14 @@ def connector_text(batch: Batch) -> qformer.Text | None:
 def embed(
     params: Params, config: ModelConfig, batch: Batch, run: Execution, media: jax.Array | None = None
 ) -> jax.Array:
-    """Token embeddings with the media tokens spliced in, [rows, length, LLM width]; `media` are what `encode_media` would give, where
-    they are made already.
+    """Token embeddings with the media tokens and the prompts' vectors spliced in, [rows, length, LLM width]; `media` are what
+    `encode_media` would give, where they are made already.
 
     A gather: each position picks its media token or keeps its text embedding. Rows reach into their own group only, so no
     features cross devices when groups and rows are sharded alike.
     """
     x = embed_tokens(params, config, batch.tokens, run)
+    x = prompts.spliced(params, config, batch, x)
     if config.cross_attention is not None:  # media are read between the blocks
         return x
     media = encode_media(params, config, batch, run) if media is None else media
@@ -238,10 +241,10 @@ def decode_reading(
 ) -> decoder.Decoded:
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode. With `padding_sees` it sees what is real, as in
     transformers; otherwise it sees nothing."""
-    llm = adapters.bound(params, config, "llm", len(reading.x))
-    plugs: tuple[ports.Plug, ...] = ()
+    llm = adapters.bound(prepared(params, config), config, "llm", len(reading.x))
+    plugs: tuple[ports.Plug, ...] = prefix.plugs(llm, config, reading.positions)
     if config.cross_attention is not None:
-        plugs = (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
+        plugs += (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
         leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)
         llm = {**llm, "plugs": {**llm["plugs"], gated_cross_attention.NAME: leaves}}
     return decoder.decode(
@@ -249,7 +252,7 @@ def decode_reading(
         config.language,
         reading.x,
         segments=reading.segments,
-        positions=reading.positions,
+        positions=reading.positions + prefix.count(config),
         mask=Mask(
             query_spans=reading.spans,
             key_spans=reading.spans,
@@ -263,6 +266,11 @@ def decode_reading(
         plugs=plugs,
         **settings,
     )
+
+
+def prepared(params: Params, config: ModelConfig) -> Params:
+    """The parameters with what would otherwise be computed of them alone in every step of a generation."""
+    return prefix.prepared(params, config)
 
 
 def remember(params: Params, config: ModelConfig, reading: Reading) -> Reading:

@@ -85,11 +85,90 @@ class NormConfig:
     peft: str = ""
 
 
-Adapter: TypeAlias = LoraConfig | Ia3Config | AffineConfig | NormConfig
+@dataclasses.dataclass(frozen=True)
+class PromptConfig:
+    """Prompt tuning (arXiv 2104.08691): learned vectors before each sample's text, see mmjax.models.prompts.
+
+    tokens   virtual tokens
+    text     they begin as its embeddings, repeated or cut to `tokens` (where a recipe is assembled, which has a tokenizer); "" = drawn
+    """
+
+    name: str
+    tokens: int = 20
+    text: str = ""
+    peft: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PTuningConfig:
+    """P-tuning (arXiv 2103.10385): the vectors are what an encoder makes of learned ones, see mmjax.models.prompts.
+
+    encoder        "mlp", with two hidden layers, or "lstm", bidirectional, with an MLP of one
+    encoder_width  of its hidden layers, of an LSTM in each direction; 0 = as wide as the embeddings
+    encoder_depth  layers of an LSTM
+    settled        the vectors themselves are held: the encoder that made them is not there (peft's files hold none)
+    """
+
+    name: str
+    tokens: int = 20
+    encoder: Literal["mlp", "lstm"] = "mlp"
+    encoder_width: int = 0
+    encoder_depth: int = 2
+    settled: bool = False
+    peft: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class MultitaskPromptConfig:
+    """Multi-task prompt tuning (arXiv 2303.02861): a prompt shared by all tasks, times a matrix of rank `task_rank` for the sample's own
+    task, 0 to tasks - 1; see mmjax.models.prompts. `tokens` and `text` as in PromptConfig."""
+
+    name: str
+    tokens: int = 20
+    text: str = ""
+    tasks: int = 1
+    task_rank: int = 1
+    peft: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefixConfig:
+    """Prefix tuning (arXiv 2101.00190): learned keys and values in front of what each layer attends to, see mmjax.models.prefix.
+
+    tokens         keys, and values, of each layer
+    projected      a two-layer MLP makes them of vectors as wide as a key
+    encoder_width  of its hidden layer; 0 = as wide as a key
+    settled        the keys and values themselves are held: the MLP that made them is not there (peft's files hold none)
+    """
+
+    name: str
+    tokens: int = 20
+    projected: bool = False
+    encoder_width: int = 0
+    settled: bool = False
+    peft: str = ""
+
+    @property
+    def made_by_mlp(self) -> bool:
+        return self.projected and not self.settled
+
+
+Adapter: TypeAlias = (
+    LoraConfig | Ia3Config | AffineConfig | NormConfig | PromptConfig | PTuningConfig | MultitaskPromptConfig | PrefixConfig
+)
 Adapters: TypeAlias = tuple[Adapter, ...]
-KINDS: dict[str, type[Adapter]] = {"lora": LoraConfig, "ia3": Ia3Config, "affine": AffineConfig, "norm": NormConfig}
+KINDS: dict[str, type[Adapter]] = {
+    "lora": LoraConfig,
+    "ia3": Ia3Config,
+    "affine": AffineConfig,
+    "norm": NormConfig,
+    "prompt": PromptConfig,
+    "p_tuning": PTuningConfig,
+    "multitask_prompt": MultitaskPromptConfig,
+    "prefix": PrefixConfig,
+}
 """What a recipe calls each of them. The fields of the dataclass are what a recipe may say of one."""
 
 
 def fields(kind: str) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(KINDS[kind]) if field.name not in ("name", "peft"))
+    return tuple(field.name for field in dataclasses.fields(KINDS[kind]) if field.name not in ("name", "peft", "settled"))

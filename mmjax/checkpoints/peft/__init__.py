@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.checkpoints import safetensors, weights
-from mmjax.checkpoints.peft import lora
+from mmjax.checkpoints.peft import lora, prompts
 from mmjax.checkpoints.peft.method import Base, Directory, Method
 from mmjax.errors import UserError
 from mmjax.models.tuning_config import Adapter
@@ -23,7 +23,7 @@ from mmjax.tree import Params
 
 log = logging.getLogger(__name__)
 
-METHODS: tuple[Method, ...] = (lora.LORA,)
+METHODS: tuple[Method, ...] = (lora.LORA, prompts.PROMPT, prompts.P_TUNING, prompts.MULTITASK, prompts.PREFIX)
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 # Fields of every method that change nothing here: where the adapter was made and what its base was.
 _NEUTRAL = frozenset(
