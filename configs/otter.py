@@ -20,6 +20,8 @@ Differs from the authors' scripts: samples are padded to 1,024 tokens, none is l
 deviation unrounded.
 """
 
+import dataclasses
+
 from configs import openflamingo
 from mmjax.catalogue import LLAMA1, MPT_7B
 from mmjax.config import Mesh, Optimizer, Recipe, Source, Stage, parse_arguments, to_config_dict
@@ -40,16 +42,15 @@ def get_config(argument: str = ""):
         length=1024,
         packing=False,
         tiles=4,
-        template="otter",
         optimizer=Optimizer(learning_rate=2e-5, warmup_ratio=0.01),
         dtype="bfloat16",
         remat="full",
     )
+    llm = {"mpt": MPT_7B, "llama": LLAMA1["7b"]}[chosen.llm]
+    model = openflamingo.model(llm, 4, ("<|endofchunk|>", "<image>", "<answer>"))
     recipe = Recipe(
         name=f"otter_{chosen.llm}",
-        model=openflamingo.model(
-            {"mpt": MPT_7B, "llama": LLAMA1["7b"]}[chosen.llm], 4, ("<|endofchunk|>", "<image>", "<answer>")
-        ),
+        model=dataclasses.replace(model, template="otter"),
         stages={"train": openflamingo.stage(("connector/**", "llm/plugs/**", "llm/embed/new_rows")), "instruct": instruct},
         run=("train", "instruct"),
         mesh=Mesh(data=1, fsdp=-1),

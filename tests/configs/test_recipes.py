@@ -45,6 +45,13 @@ def test_nothing_is_stored_of_recipes_that_are_gone():
 
 
 @pytest.mark.parametrize("name, argument", VARIANTS, ids=[f"{n}:{a}" for n, a in VARIANTS])
+def test_a_model_is_asked_as_its_last_stage_taught_it(name, argument):
+    whole = expand.config(name, argument)
+    last = whole.stages[whole.run[-1]]
+    assert name == "gallery_base" or last.template in ("", whole.model.template)  # the base is only ever trained further
+
+
+@pytest.mark.parametrize("name, argument", VARIANTS, ids=[f"{n}:{a}" for n, a in VARIANTS])
 def test_tiny_changes_only_sizes_steps_and_data(name, argument):
     full = expand.config(name, argument).to_dict()
     tiny = expand.config(name, f"{argument},tiny").to_dict()
