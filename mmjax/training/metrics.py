@@ -104,13 +104,14 @@ class Speed:
         self._paused += time.perf_counter() - began
 
     def read(self) -> dict[str, float]:
-        """tokens_per_second (real tokens), samples_per_second, padding and loader_wait (shares), peak_memory (bytes), and
+        """step_seconds, tokens_per_second (real tokens), samples_per_second, padding and loader_wait (shares), peak_memory (bytes), and
         mfu where the device's peak is known. Rows of other processes are taken to be like this one's."""
         first, *steps = self._done
         start, steps = (first[0], steps) if steps else (self._start, [first])
         seconds, infos = steps[-1][0] - start, [info for _, info, _ in steps]
         processes, device = jax.process_count(), jax.devices()[0]
         values = {
+            "step_seconds": seconds / len(steps),
             "tokens_per_second": sum(info.tokens for info in infos) * processes / seconds,
             "samples_per_second": sum(info.samples for info in infos) * processes / seconds,
             "padding": sum(info.padding for info in infos) / len(infos),
