@@ -32,12 +32,19 @@ from mmjax.tiny import tiny
 KNOWN, NEW = ("position", "contains", "position", "order"), ("count", "largest", "sum")
 STEPS = 200
 BASE = "workdirs/ways_of_tuning_base"
-LINEARS = ("llm/layers/**",)
-OWN = ("llm/**/adapters/tune/**",)  # leaves of an adapter on Linears or norms
+LINEARS, NORMS = ("llm/layers/**",), ("llm/layers/*_norm", "llm/final_norm")
+BESIDE, BEFORE, WITHIN = ("llm/**/adapters/tune/**",), ("llm/prompts/tune/**",), ("llm/plugs/tune/**",)
 
 # name -> (what is added, what is trained, learning rate)
 WAYS: dict[str, tuple[Adapter | None, tuple[str, ...], float]] = {
-    "lora": (Adapter(rank=8, alpha=16.0, targets=LINEARS), OWN, 4e-3),
+    "lora": (Adapter(rank=8, alpha=16.0, targets=LINEARS), BESIDE, 4e-3),
+    "dora": (Adapter(rank=8, alpha=16.0, targets=LINEARS, dora=True), BESIDE, 4e-3),
+    "ia3": (Adapter(kind="ia3", targets=("llm/layers/*/{key,value,down}",), feedforward=("llm/layers/mlp/down",)), BESIDE, 3e-2),
+    "affine": (Adapter(kind="affine", targets=LINEARS), BESIDE, 1.6e-2),
+    "norm": (Adapter(kind="norm", targets=NORMS), BESIDE, 3e-2),
+    "prompt": (Adapter(kind="prompt", tokens=16), BEFORE, 3e-2),
+    "p_tuning": (Adapter(kind="p_tuning", tokens=16, encoder="mlp"), BEFORE, 4e-3),
+    "prefix": (Adapter(kind="prefix", tokens=16), WITHIN, 3e-2),
     "full": (None, ("llm/layers/**", "llm/final_norm/**", "llm/embed/**"), 1e-3),
 }
 

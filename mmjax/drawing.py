@@ -211,7 +211,7 @@ def _row(
         run: list[int] = []
         for i, position in enumerate(inside):
             if virtual[position] >= 0:
-                spans += [("[prompt]", False)] * (virtual[position] == 0)
+                spans += [("[prompt]", False)] * int(virtual[position] == 0)
                 continue
             if media[position] >= 0:
                 if i == 0 or media[inside[i - 1]] < 0 or media[position] % max(tokens_per_tile, 1) == 0:
