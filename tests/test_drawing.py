@@ -37,6 +37,14 @@ def test_supervised_text_is_marked():
     assert len(images) == 1
 
 
+def test_virtual_tokens_are_shown_as_one():
+    from dataclasses import replace
+
+    virtual = np.array([[-1, -1, 0, 1, -1, 0, 1, -1, -1]])
+    lines, _ = drawing._row(replace(batch(), virtual=virtual), words, tokens_per_tile=2, row=0)
+    assert [text.strip() for line in lines for text, _ in line if "[" in text] == ["[image]", "[prompt]", "[prompt]"]
+
+
 def test_long_text_is_broken_at_spaces():
     lines = drawing._lines([("aaaa " * 40, False), ("b" * 250, True)])
     assert all(sum(len(text) for text, _ in line) <= drawing.COLUMNS for line in lines)

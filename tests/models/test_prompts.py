@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from mmjax import tree
+from mmjax.config import Optimizer, Stage
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Example
 from mmjax.inference.generate import generate
 from mmjax.inference.sampling import Sampling
-from mmjax.models import multimodal
+from mmjax.models import multimodal, prompts
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.tuning_config import MultitaskPromptConfig, PrefixConfig, PromptConfig, PTuningConfig
 from tests.models import tiny
@@ -106,6 +107,28 @@ def test_generated_behind_padding_and_from_the_cache(params):
 def test_a_batch_without_places_is_refused(params):
     with pytest.raises(ValueError, match="no places for their virtual tokens"):
         multimodal.embed(params, CONFIG, collate([EXAMPLES[1:2]]), Execution())
+
+
+def test_training_changes_them_alone():
+    """Fifty steps through an LSTM and an MLP: the loss falls, frozen bytes stay, optimizer state is theirs alone."""
+    from tests.training import tiny as training
+    from tests.training.test_step import Run
+
+    tuned = (PTuningConfig("encoded", 2, encoder="lstm", encoder_width=4), PrefixConfig("made", 2, projected=True, encoder_width=4))
+    config = dataclasses.replace(training.CONFIG, adapters=tuned)
+    stage = Stage(trainable=("llm/prompts/**",), optimizer=Optimizer(learning_rate=1e-2, schedule="constant", warmup_ratio=0.0), steps=50)
+    run = Run(stage, model=config)
+    before = jax.tree.map(np.array, run.frozen)
+    batch = run.put(prompts.prepended(config, training.batch()))
+    state, losses = run.fresh(), []
+    for _ in range(50):
+        state, metrics = run.step(state, run.frozen, batch)
+        losses.append(float(metrics.loss))
+    assert losses[-1] < losses[0] - 0.3
+    assert {path.split("/")[2] for path in tree.flatten(state.trainable)} == {"encoded", "made"}
+    jax.tree.map(np.testing.assert_array_equal, before, jax.tree.map(np.array, run.frozen))
+    trained, moments = (sum(leaf.size for leaf in jax.tree.leaves(each)) for each in (state.trainable, state.optimizer))
+    assert 2 * trained <= moments <= 2 * trained + 8
 
 
 def language(layers: int, width: int, heads: int) -> ModelConfig:
