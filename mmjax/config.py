@@ -178,7 +178,7 @@ class Adapter:
     they are here.
 
     kind      "lora"; "ia3"; "affine" (LLaMA-Adapter V2's bias and scale of Linears); "norm" (norms tuned in copies); in front of the text "prompt",
-              "p_tuning", "multitask_prompt" (mmjax.models.prompts), "prefix" (mmjax.models.prefix)
+              "p_tuning", "multitask_prompt" (mmjax.models.prompts), "prefix" (mmjax.models.prefix); in blocks "bottleneck" (mmjax.models.bottleneck)
     targets   globs over paths of Linears (which end before `/kernel`) or norms (before `/scale`); llm/layers[16:32]/** chooses layers.
               `**` reaches those in blocks, plugs and connectors; heads and the table of tokens are named: llm/head, llm/embed
     rank_pattern, alpha_pattern   of lora: glob over Linears -> value, the first that matches counts
@@ -194,9 +194,15 @@ class Adapter:
               prefix' keys) and, of an LSTM, `encoder_depth` layers
     tasks     that multi-task prompts know (a source's or a row's `task_id` says which it is of), each with a matrix of rank `task_rank`
     projected   an MLP makes a prefix' keys and values
+    reduction, width   of a bottleneck: its channels are `width`, or, with 0, those of the block / `reduction`
+    places    of a bottleneck: the sublayers it sits at; parts: in the blocks of "llm", of an encoder-decoder's "encoder", of "vision";
+              layers: of these; empty = all
+    reads     of a bottleneck: "output" of the sublayer (with both places: Houlsby), the stream "joined" behind it (with "mlp": Pfeiffer),
+              or its "input" (parallel)
+    activation, scale, norm_before, norm_after   of a bottleneck: between its halves, of what it adds, layer norms around it
     """
 
-    kind: Literal["lora", "ia3", "affine", "norm", "prompt", "p_tuning", "multitask_prompt", "prefix"] = "lora"
+    kind: Literal["lora", "ia3", "affine", "norm", "prompt", "p_tuning", "multitask_prompt", "prefix", "bottleneck"] = "lora"
     targets: tuple[str, ...] = ("llm/layers/**",)
     rank: int = 8
     alpha: float = 16.0
@@ -219,6 +225,16 @@ class Adapter:
     tasks: int = 1
     task_rank: int = 1
     projected: bool = False
+    reduction: float = 16.0
+    width: int = 0
+    places: tuple[Literal["attention", "mlp"], ...] = ("mlp",)
+    reads: Literal["output", "joined", "input"] = "joined"
+    activation: Activation = "relu"
+    scale: float = 1.0
+    norm_before: bool = False
+    norm_after: bool = False
+    parts: tuple[Literal["llm", "encoder", "vision"], ...] = ("llm",)
+    layers: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass

@@ -153,6 +153,7 @@ def _model(model: Model) -> Iterator[str]:
         if "targets" in read and not adapter.targets:
             yield f"model.adapters.{name}.targets is empty: it lists globs over Linears, such as llm/layers/**."
         yield from _in_front(f"model.adapters.{name}", name, adapter)
+        yield from _plugged(f"model.adapters.{name}", name, adapter)
         for field in dataclasses.fields(adapter):
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             if field.name not in ("kind", *read) and getattr(adapter, field.name) != default:
@@ -165,8 +166,19 @@ def _in_front(key: str, name: str, adapter: Adapter) -> Iterator[str]:
         yield f"{key}.encoder_depth is {adapter.encoder_depth}, and encoder='mlp' has two hidden layers; it counts those of an LSTM."
     if adapter.kind == "prefix" and adapter.encoder_width and not adapter.projected:
         yield f"{key}.encoder_width is of the MLP that makes a prefix with projected=True."
-    if adapter.kind == "prefix" and name == "cross_attention":
-        yield f"{key}: a prefix cannot be called so, since the leaves of cross-attention between blocks are."
+    if name == "cross_attention":
+        yield f"{key}: it cannot be called so, since the leaves of cross-attention between blocks are."
+
+
+def _plugged(key: str, name: str, adapter: Adapter) -> Iterator[str]:
+    """What sits in blocks."""
+    for field in ("places", "parts"):
+        if not getattr(adapter, field) or len(set(getattr(adapter, field))) < len(getattr(adapter, field)):
+            yield f"{key}.{field} is empty, or says something twice: {getattr(adapter, field)}."
+    if list(adapter.layers) != sorted(set(adapter.layers)) or any(layer < 0 for layer in adapter.layers):
+        yield f"{key}.layers are {adapter.layers}; they count from 0, ascending."
+    if adapter.reduction <= 0:
+        yield f"{key}.reduction is {adapter.reduction}; it must be more than 0."
 
 
 def _tiling(model: Model) -> Iterator[str]:

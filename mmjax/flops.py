@@ -203,8 +203,10 @@ def _place(path: str, layer: int, config: ModelConfig) -> Site:
     """The site of a leaf's layer; those of a cross-attention stand before the blocks that it sits on."""
     if path.startswith("llm/plugs/cross_attention/") and config.cross_attention is not None:
         return (3, config.cross_attention.layers[layer] - 0.5)
-    if any(path.startswith(f"llm/plugs/{each.name}/") for each in prefix.of(config)):
-        return (3, float(layer))
+    if "/plugs/" in path:
+        adapter = next(adapter for adapter in config.adapters if adapter.name == tree.adapter_of(path))
+        layers = getattr(adapter, "layers", ())
+        return _site(f"{path.split('/plugs/')[0]}/layers/", layers[layer] if layers else layer)
     if path.startswith("llm/prompts/"):
         return (2, 0.0)
     return _site(path, layer)
@@ -258,7 +260,7 @@ def _rows(path: str, config: ModelConfig, objective: str, beside: int) -> float:
     vision, views = config.vision, _views(config)
     if path.startswith("vision/patch"):
         return vision.positions * views
-    if path.startswith("vision/layers"):
+    if path.startswith(("vision/layers", "vision/plugs")):
         return (vision.positions + vision.prefix) * views
     if objective != "classify" or path.startswith(("vision/projection", "vision/pooler")):
         return 0
@@ -344,11 +346,13 @@ def _is_matmul(path: str, config: ModelConfig) -> bool:
         return False  # not used in training on language, or not for every position
     if path == "connector/embed/embedding":
         return bool(config.connector and config.connector.contrast_width)
+    if "/plugs/" in path and path.endswith(("/down", "/up")):
+        return True
     return path.endswith(("/kernel", "/lora_a", "/lora_b")) or (path.endswith(("/embedding", "/new_rows")) and _is_head(path, config))
 
 
 def _part(path: str, config: ModelConfig) -> str:
-    if "/adapters/" in path:
+    if tree.adapter_of(path):
         return f"{path.split('/')[0]} adapters"
     if path.startswith("llm/encoder/"):
         return "llm encoder"

@@ -89,6 +89,12 @@ def is_stacked(path: str) -> bool:
     return "/layers/" in path or "/plugs/" in path
 
 
+def adapter_of(path: str) -> str:
+    """The name of the adapter whose leaf this is, wherever it stands; "" for any other."""
+    found = re.search(r"/(?:adapters|prompts|plugs)/([^/]+)/", path)
+    return found[1] if found and found[1] != "cross_attention" else ""
+
+
 def layer_range(glob: str) -> tuple[int | None, int | None] | None:
     """The layer range a glob carries: (20, 24) for `vision/layers[20:24]/**`, None where it has none."""
     found = _RANGE.search(glob)

@@ -23,7 +23,7 @@ import numpy as np
 from mmjax.errors import UserError
 from mmjax.families import text_towers
 from mmjax.families.family import Config, Inputs
-from mmjax.models import adapters, multimodal, vit
+from mmjax.models import adapters, multimodal, plugged, vit
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.tree import Params
@@ -111,7 +111,7 @@ def numbered(name: str, states: jax.Array) -> dict[str, jax.Array]:
 def _tower(params: Params, images: Any, *, config: ModelConfig, run: Execution) -> dict[str, jax.Array]:
     vision = config.vision
     assert isinstance(vision, ViTConfig)
-    states = vit.hidden_states(params, vision, images, run)
+    states = vit.hidden_states(params, vision, images, run, config.adapters, plugged.plugs(config, "vision"))
     found = {
         "states": _real(images, states),
         "last_hidden_state": _real(images, vit.last_state(params, vision, states[-1])),

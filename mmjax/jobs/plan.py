@@ -118,7 +118,7 @@ def _parts(params: Params) -> dict[str, int]:
     """Part -> parameters, adapters apart."""
     parts: dict[str, int] = {}
     for path, leaf in tree.flatten(params).items():
-        part = "adapters" if "/adapters/" in path else path.split("/")[0]
+        part = "adapters" if tree.adapter_of(path) else path.split("/")[0]
         parts[part] = parts.get(part, 0) + math.prod(leaf.shape)
     return parts
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.errors import UserError
-from mmjax.models import elementwise, linear_port, lora, prefix, prompts
+from mmjax.models import elementwise, linear_port, lora, plugged, prefix, prompts
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import stored
 from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, NormConfig, PrefixConfig
@@ -97,11 +97,13 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
     """
     flat = _with_tied_head(tree.flatten(params), config)
     fresh: Leaves = {}
-    for adapter in config.adapters:
+    for number, adapter in enumerate(config.adapters):
         if isinstance(adapter, PrefixConfig | prompts.Prompt):
             key, own = jax.random.split(key)
             made = _in_front(own, adapter, config)
             fresh |= {} if made.keys() <= flat.keys() else made
+        if (plugs := plugged.init(jax.random.fold_in(key, number), adapter, config)) is not None:
+            fresh |= {path: leaf for path, leaf in tree.flatten(plugs).items() if path not in flat}
         for place in places(params, config, adapter):
             if getattr(adapter, "dropout", 0.0) and place.path.startswith("llm/plugs/"):
                 raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {place.path}")

@@ -40,11 +40,14 @@ class LayerPorts:
     keys_values   functions of the queries [rows, T, heads, dim] and of `project` to an Extra or to None. project(states [..., P, width],
                   adapted=True) makes the layer's own (keys, values [..., P, kv_heads, dim]) of other states, unrotated; with adapted=False
                   as its Linears do without their adapters
-    sublayer      functions (where, input, output) -> output, called with where "attention" and "mlp" before the residual sum
+    inputs        functions (where, x) -> x of what a sublayer reads, behind its norm, where it has one; where is "attention" or "mlp"
+    sublayer      functions (where, input, joined, output) -> output before the residual sum, where as above or "cross_attention";
+                  joined(output) is what the residual stream becomes with it (in a block whose sublayers read the same: the output)
     before        functions x -> x, run before the block (gated cross-attention, ...)
     """
 
     keys_values: tuple[Callable, ...] = ()
+    inputs: tuple[Callable, ...] = ()
     sublayer: tuple[Callable, ...] = ()
     before: tuple[Callable, ...] = ()
 
@@ -229,17 +232,31 @@ class Block(nn.Module):
         c = self.config
         settings: dict[str, Any] = {"adapters": self.adapters, "deterministic": self.deterministic}
 
+        norms: dict[str, Norm] = {}  # those behind sublayers are read by ports as well
+
         def norm(name: str) -> Norm:
-            return Norm(c.norm, c.norm_eps, c.norm_bias, name=name)
+            if name not in norms:
+                norms[name] = Norm(c.norm, c.norm_eps, c.norm_bias, name=name)
+            return norms[name]
 
         def before(name: str, x: jax.Array) -> jax.Array:
             y = x if c.norm_place == "after" else norm(f"{name}_norm")(x)
             return y.astype(self.dtype) if c.wide_residual and self.dtype else y
 
+        def read(name: str, x: jax.Array) -> jax.Array:
+            """What a sublayer reads of what stands behind its norm."""
+            for port in around.ports.inputs:
+                x = port(name, x)
+            return x
+
         def change(name: str, x: jax.Array, y: jax.Array) -> jax.Array:
             """What the sublayer adds to the residual, from its input x and its output y."""
+
+            def joined(y: jax.Array) -> jax.Array:
+                return y if c.parallel_norms else after(name, x + y)
+
             for port in around.ports.sublayer:
-                y = port(name, x, y)
+                y = port(name, x, joined, y)
             if c.norm_place == "both":
                 y = norm(f"{name}_post_norm")(y)
             if c.layer_scale:
@@ -262,14 +279,14 @@ class Block(nn.Module):
         for port in around.ports.before:
             x = port(x)
         h = before("attention", x)
-        y = Attention(c, backend=self.backend, name="attention", **settings)(h, around)
+        y = Attention(c, backend=self.backend, name="attention", **settings)(read("attention", h), around)
         y = change("attention", x, y)
         if c.parallel_norms:
-            return x + y + change("mlp", x, mlp(h if c.parallel_norms == 1 else before("mlp", x)))
+            return x + y + change("mlp", x, mlp(read("mlp", h if c.parallel_norms == 1 else before("mlp", x))))
         x = after("attention", x + y)
         if c.memory_width:
             assert around.memory is not None
             crossed = CrossAttention(c, backend=self.backend, name="cross_attention", **settings)
             y = crossed(before("cross_attention", x), around.memory)
             x = after("cross_attention", x + change("cross_attention", x, y))
-        return after("mlp", x + change("mlp", x, mlp(before("mlp", x))))
+        return after("mlp", x + change("mlp", x, mlp(read("mlp", before("mlp", x)))))

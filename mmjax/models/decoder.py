@@ -131,12 +131,13 @@ def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Executi
 class Decoded(NamedTuple):
     """`last` [rows, length, input width], what the head reads; the cache, if one was given; on request the inputs of all blocks,
     `states` [layers, rows, length, width] (transformers' hidden_states without the last one, which is `last`); of a mixture of
-    experts the router's logits, float32 [layers, rows, length, experts]."""
+    experts the router's logits, float32 [layers, rows, length, experts]; what plugs tell, by name, [layers, ...]."""
 
     last: jax.Array
     cache: Cache | None
     states: jax.Array | None
     router: jax.Array | None = None
+    told: dict[str, jax.Array] | None = None
 
 
 def decode(
@@ -199,6 +200,8 @@ def decode(
             ]
             return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(key.dtype) for a in stored)
 
+        told: dict[str, jax.Array] = {}
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         around = Surroundings(
             mask=dataclasses.replace(mask, window=config.windows[j % len(config.windows)]),
             rotation=turns[j % len(turns)],
@@ -206,16 +209,16 @@ def decode(
             store=store if cache is not None else None,
             memory=None if memory is None else (*remembered, _memory_mask(memory, segments)),
             route=routed.append,
-            ports=ports.bind(plugs, plugged),
+            ports=ports.bind(plugs, plugged, key, told),
         )
-        rngs = {"dropout": jax.random.fold_in(dropout_key, index)} if dropout_key is not None else None
+        rngs = {"dropout": key} if key is not None else None
         entered = x if return_states else None
         x = apply(block, layer, x, around, rngs=rngs)
-        return (x, *(stored or (keys, values))), (entered, routed[0] if routed else None)
+        return (x, *(stored or (keys, values))), (entered, routed[0] if routed else None, told)
 
     carry = (x, cache.keys, cache.values) if cache is not None else (x, None, None)
     extras = _extras(params, config, plugs, memory, period)
-    (last, keys, values), (states, router) = run_stack(
+    (last, keys, values), (states, router, told) = run_stack(
         body, carry, params["layers"], layers=config.layers, period=period, extras=extras, run=run
     )
     if config.final_norm:
@@ -224,7 +227,7 @@ def decode(
         last = last.astype(run.dtype)
     if config.embed_width:
         last = apply(Linear(config.embed_width, False, adapters), params["project_out"], last)
-    return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states, router)
+    return Decoded(last, cache._replace(keys=keys, values=values) if cache is not None else None, states, router, told)
 
 
 def head(params: Params, config: DecoderConfig, hidden: jax.Array, adapters: Adapters = ()) -> jax.Array:
@@ -316,10 +319,5 @@ def _extras(
     params: Mapping, config: DecoderConfig, plugs: tuple[ports.Plug, ...], memory: Memory | None, period: int
 ) -> tuple[tuple, ...]:
     """For each layer of the period: the rows of the plugs that sit there, and of the memory, one for each group."""
-    groups = -(-config.layers // period)
-    extras = []
-    for residue in range(period):
-        rows = {plug.name: ports.rows_for(plug, params["plugs"][plug.name], residue, period, groups) for plug in plugs}
-        remembered = None if memory is None else (memory.keys[residue::period], memory.values[residue::period])
-        extras.append(({name: found for name, found in rows.items() if found is not None}, remembered))
-    return tuple(extras)
+    remembered = [None if memory is None else (memory.keys[r::period], memory.values[r::period]) for r in range(period)]
+    return tuple(zip(ports.extras(params, plugs, period, config.layers), remembered))

@@ -18,6 +18,7 @@ from mmjax.models import (
     encoder_decoder,
     gated_cross_attention,
     mobilenet_v2,
+    plugged,
     ports,
     prefix,
     prompts,
@@ -70,21 +71,28 @@ def normalise(config: ModelConfig, images: jax.Array) -> jax.Array:
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
-def vision_features(params: Params, config: ModelConfig, images: jax.Array, run: Execution) -> jax.Array:
-    """Pixels [..., height, width, channels], or vit.Patches [..., patches, pixels] -> what the connector reads [..., positions, width]."""
+def vision_features(
+    params: Params, config: ModelConfig, images: jax.Array, run: Execution, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Pixels [..., height, width, channels], or vit.Patches [..., patches, pixels] -> what the connector reads [..., positions, width].
+    With a `dropout_key` what is plugged into the encoder drops what it drops in training."""
     leaves = adapters.bound(params, config, "vision")
     if isinstance(images, vit.Patches):
         assert isinstance(config.vision, ViTConfig)
         before = images.pixels.shape[:-2]
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(before) :]), images)
-        out = vit.features(leaves, config.vision, config.features, flat, run, config.adapters)
+        plugs = plugged.plugs(config, "vision")
+        out = vit.features(leaves, config.vision, config.features, flat, run, config.adapters, plugs, dropout_key)
         return out.reshape(*before, *out.shape[1:])
     pixels = normalise(config, images)
     flat = pixels.reshape(-1, *pixels.shape[-3:])
     spec = dataclasses.replace(config.features, scales=(1,))
 
     def encode(tiles: jax.Array) -> jax.Array:
-        return _encoder(config).features(leaves, config.vision, spec, tiles, run, config.adapters)
+        more: dict[str, Any] = {}
+        if isinstance(config.vision, ViTConfig):
+            more = {"plugs": plugged.plugs(config, "vision"), "dropout_key": dropout_key}
+        return _encoder(config).features(leaves, config.vision, spec, tiles, run, config.adapters, **more)
 
     out = encode(flat) if config.features == spec else scales.features(encode, flat, config.features.scales)
     return out.reshape(*pixels.shape[:-3], *out.shape[1:])
@@ -97,13 +105,15 @@ def fitted(config: ModelConfig, images: vit.Pictures) -> ModelConfig:
     return config.for_pictures(*images.shape[-3:-1])
 
 
-def encode_media(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array | None:
+def encode_media(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, dropout_key: jax.Array | None = None
+) -> jax.Array | None:
     """The media tokens of a batch, [groups, tiles (or pictures whose tiles are stitched), tokens, the connector's out_width]; None for
     a batch without media."""
     if batch.features is not None:
         features = batch.features.astype(run.dtype)
     elif batch.images is not None:
-        features = vision_features(params, config, batch.images, run)
+        features = vision_features(params, config, batch.images, run, dropout_key)
         config = fitted(config, batch.images)
     else:
         return None
@@ -126,7 +136,12 @@ def connector_text(batch: Batch) -> qformer.Text | None:
 
 
 def embed(
-    params: Params, config: ModelConfig, batch: Batch, run: Execution, media: jax.Array | None = None
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    run: Execution,
+    media: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Token embeddings with the media tokens and the prompts' vectors spliced in, [rows, length, LLM width]; `media` are what
     `encode_media` would give, where they are made already.
@@ -138,7 +153,7 @@ def embed(
     x = prompts.spliced(params, config, batch, x)
     if config.cross_attention is not None:  # media are read between the blocks
         return x
-    media = encode_media(params, config, batch, run) if media is None else media
+    media = encode_media(params, config, batch, run, dropout_key) if media is None else media
     if media is None:
         return x
     groups, tiles, tokens, width = media.shape
@@ -213,14 +228,15 @@ def read(
 ) -> Reading:
     """A batch, embedded; an encoder-decoder's encoder reads `tokens` and its media (see `embed`). `settings` are the encoder's, those
     of mmjax.models.decoder.decode."""
-    x = embed(params, config, batch, run, media)
+    x = embed(params, config, batch, run, media, settings.get("dropout_key"))
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
         crossed = crossed_media(params, config, batch, run, media)
         return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed)
     llm, leaves = config.language, adapters.bound(params, config, "llm", len(x))
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
-    encoded = encoder_decoder.encode(leaves, llm, x, segments=batch.segments, positions=batch.positions, **more, **settings)
+    settings |= {"segments": batch.segments, "positions": batch.positions, "plugs": plugged.plugs(config, "encoder")}
+    encoded = encoder_decoder.encode(leaves, llm, x, **more, **settings)
     memory = encoder_decoder.remember(leaves, llm, encoded.last, batch.segments, **more)
     tokens, segments = batch.decoder_tokens, batch.decoder_segments
     if tokens is None:
@@ -242,7 +258,7 @@ def decode_reading(
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode. With `padding_sees` it sees what is real, as in
     transformers; otherwise it sees nothing."""
     llm = adapters.bound(prepared(params, config), config, "llm", len(reading.x))
-    plugs: tuple[ports.Plug, ...] = prefix.plugs(llm, config, reading.positions)
+    plugs: tuple[ports.Plug, ...] = (*prefix.plugs(llm, config, reading.positions), *plugged.plugs(config, "llm"))
     if config.cross_attention is not None:
         plugs += (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
         leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)
@@ -332,7 +348,9 @@ def head(params: Params, config: ModelConfig, states: jax.Array) -> jax.Array:
 def classify(params: Params, config: ModelConfig, batch: Batch, run: Execution) -> jax.Array:
     """float32 class logits [groups, tiles, classes] of the vision encoder's own head."""
     pixels = normalise(config, batch.images)
-    logits = _encoder(config).classify(adapters.bound(params, config, "vision"), config.vision, pixels.reshape(-1, *pixels.shape[-3:]), run)
+    leaves, flat = adapters.bound(params, config, "vision"), pixels.reshape(-1, *pixels.shape[-3:])
+    more: dict[str, Any] = {"plugs": plugged.plugs(config, "vision")} if isinstance(config.vision, ViTConfig) else {}
+    logits = _encoder(config).classify(leaves, config.vision, flat, run, **more)
     return logits.reshape(*pixels.shape[:-3], -1)
 
 
@@ -349,7 +367,7 @@ def two_tower(
     assert isinstance(config.vision, ViTConfig) and config.text is not None
     if not isinstance(pictures, vit.Patches):
         pictures = normalise(config, pictures)
-    states = vit.hidden_states(params["vision"], config.vision, pictures, run)
+    states = vit.hidden_states(params["vision"], config.vision, pictures, run, plugs=plugged.plugs(config, "vision"))
     pooled = vit.pooled(params["vision"], config.vision, states[-1], pictures)
     image = vit.project(params["vision"], config.vision, pooled)
     text = text_tower.encode(params["text"], config.text, tokens, run, segments)

@@ -1,12 +1,14 @@
-"""What may be plugged into a decoder's layers: a plug is a function, the layers it sits on, and its own parameters.
+"""What may be plugged into the layers of a decoder or an encoder: a plug is a function, the layers it sits on, and its own parameters.
 
-The leaves of a plug stand at `llm/plugs/NAME/...` with one row for each of its layers, k rows for k layers, so that they are
-stored, trained and counted at their true size. The decoder hands every layer its row; see `rows_for`.
+The leaves of a plug stand at `llm/plugs/NAME/...` (of an encoder-decoder's encoder `llm/encoder/plugs/NAME/...`, of a vision transformer
+`vision/plugs/NAME/...`) with one row for each of its layers, k rows for k layers, so that they are stored, trained and counted at their
+true size. Every layer is handed its row; see `rows_for`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any, Callable, Literal, Mapping, Sequence
 
@@ -25,15 +27,20 @@ class Plug:
     """One thing plugged into a port of some layers.
 
     port     "keys_values": call(params, query, project) -> mmjax.models.block.Extra or None, see mmjax.models.block.LayerPorts
-             "sublayer":    call(params, where, x, y) -> y
+             "inputs":      call(params, where, x) -> x, what attention or MLP reads
+             "sublayer":    call(params, where, x, joined, y) -> y, what attention or MLP puts out, see LayerPorts
              "before":      call(params, x) -> x, between the previous block and this one
-    layers   the decoder layers it sits on, ascending
+    layers   the layers it sits on, ascending
+    draws    `call` takes a keyword `key`: this layer's, for its dropout, or None
+    tells    what `call` is to say of each layer, as zeros of that shape: it takes a keyword `tell` and hands it such an array
     """
 
     name: str
-    port: Literal["keys_values", "sublayer", "before"]
+    port: Literal["keys_values", "inputs", "sublayer", "before"]
     layers: tuple[int, ...]
     call: Callable
+    draws: bool = False
+    tells: jax.Array | None = None
 
 
 def period(plugs: Sequence[Plug], windows: int, layers: int) -> int:
@@ -67,22 +74,45 @@ def rows_for(plug: Plug, leaves: Params, residue: int, period: int, groups: int)
     return rows, present
 
 
-def bind(plugs: tuple[Plug, ...], rows: Mapping[str, tuple[Params, jax.Array | None]]) -> LayerPorts:
-    """The plugs of one layer as functions of activations alone. `rows` has an entry for each plug present."""
-    bound: dict[str, list[Callable]] = {"keys_values": [], "sublayer": [], "before": []}
-    for plug in plugs:
+def extras(params: Params, plugs: Sequence[Plug], period: int, layers: int) -> tuple[dict[str, Any], ...]:
+    """For each layer of the period: the rows of the plugs that sit there, one for each group. `params` has the leaves at plugs/NAME."""
+    groups = -(-layers // period)
+    found = []
+    for residue in range(period):
+        rows = {plug.name: rows_for(plug, params["plugs"][plug.name], residue, period, groups) for plug in plugs}
+        found.append({name: row for name, row in rows.items() if row is not None})
+    return tuple(found)
+
+
+def bind(
+    plugs: tuple[Plug, ...],
+    rows: Mapping[str, tuple[Params, jax.Array | None]],
+    key: jax.Array | None = None,
+    told: dict[str, jax.Array] | None = None,
+) -> LayerPorts:
+    """The plugs of one layer as functions of activations alone. `rows` has an entry for each plug present; `key` is the layer's, for
+    dropout; what plugs tell of the layer is put into `told`."""
+    bound: dict[str, list[Callable]] = {"keys_values": [], "inputs": [], "sublayer": [], "before": []}
+    told = {} if told is None else told
+    for number, plug in enumerate(plugs):
+        settings: dict[str, Any] = {}
+        if plug.draws:
+            settings["key"] = None if key is None else jax.random.fold_in(key, number)
+        if plug.tells is not None:
+            told[plug.name] = plug.tells
+            settings["tell"] = functools.partial(told.__setitem__, plug.name)
         if plug.name in rows:
-            bound[plug.port].append(_switched(plug, *rows[plug.name]))
+            bound[plug.port].append(_switched(plug, functools.partial(plug.call, **settings), *rows[plug.name]))
     return LayerPorts(**{port: tuple(calls) for port, calls in bound.items()})
 
 
-def _switched(plug: Plug, params: Params, present: jax.Array | None) -> Callable:
+def _switched(plug: Plug, call: Callable, params: Params, present: jax.Array | None) -> Callable:
     if present is None:
-        return lambda *args: plug.call(params, *args)
+        return functools.partial(call, params)
     if plug.port == "keys_values":
 
         def gated(query: jax.Array, project: Callable) -> Extra | None:
-            extra = plug.call(params, query, project)
+            extra = call(params, query, project)
             if extra is None:
                 return None
             if extra.gate is None:
@@ -90,4 +120,4 @@ def _switched(plug: Plug, params: Params, present: jax.Array | None) -> Callable
             return extra._replace(gate=jnp.where(present, extra.gate, 0))
 
         return gated
-    return lambda *args: jnp.where(present, plug.call(params, *args), args[-1])
+    return lambda *args: jnp.where(present, call(params, *args), args[-1])

@@ -10,7 +10,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, TypeAlias
 
+from mmjax.models.block_config import Activation
+
 Targets: TypeAlias = tuple[str, ...]
+Part = Literal["llm", "encoder", "vision"]
+"""A stack of blocks: of the language model (of an encoder-decoder its decoder's, and its encoder's), of the vision transformer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,8 +157,43 @@ class PrefixConfig:
         return self.projected and not self.settled
 
 
+@dataclasses.dataclass(frozen=True)
+class BottleneckConfig:
+    """A bottleneck beside or behind sublayers (see mmjax.models.bottleneck): down to `width` channels (0 = the block's / `reduction`), an
+    activation, up again, times `scale`.
+
+    places      the sublayers it sits at
+    reads       what goes down: the sublayer's "output" (arXiv 1902.00751), what the residual stream is "joined" behind it (arXiv
+                2005.00247), or its "input", the stream before the norm (parallel, arXiv 2110.04366)
+    norm_before, norm_after   a layer norm of what goes down, of what comes up
+    parts       the stacks of blocks that have it
+    layers      of each of them; () = all
+    """
+
+    name: str
+    reduction: float = 16.0
+    width: int = 0
+    places: tuple[Literal["attention", "mlp"], ...] = ("mlp",)
+    reads: Literal["output", "joined", "input"] = "joined"
+    activation: Activation = "relu"
+    scale: float = 1.0
+    norm_before: bool = False
+    norm_after: bool = False
+    dropout: float = 0.0
+    parts: tuple[Part, ...] = ("llm",)
+    layers: tuple[int, ...] = ()
+
+
 Adapter: TypeAlias = (
-    LoraConfig | Ia3Config | AffineConfig | NormConfig | PromptConfig | PTuningConfig | MultitaskPromptConfig | PrefixConfig
+    LoraConfig
+    | Ia3Config
+    | AffineConfig
+    | NormConfig
+    | PromptConfig
+    | PTuningConfig
+    | MultitaskPromptConfig
+    | PrefixConfig
+    | BottleneckConfig
 )
 Adapters: TypeAlias = tuple[Adapter, ...]
 KINDS: dict[str, type[Adapter]] = {
@@ -166,6 +205,7 @@ KINDS: dict[str, type[Adapter]] = {
     "p_tuning": PTuningConfig,
     "multitask_prompt": MultitaskPromptConfig,
     "prefix": PrefixConfig,
+    "bottleneck": BottleneckConfig,
 }
 """What a recipe calls each of them. The fields of the dataclass are what a recipe may say of one."""
 

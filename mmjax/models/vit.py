@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from mmjax.models import ports
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block import Block, Surroundings
 from mmjax.models.config import Execution
@@ -23,6 +24,7 @@ from mmjax.models.stack import init_stack, run_stack
 from mmjax.models.tuning_config import Adapters
 
 Params = dict[str, Any]
+Plugs = tuple[ports.Plug, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -91,14 +93,14 @@ def init(key: jax.Array, config: ViTConfig) -> Params:
 
 
 def hidden_states(
-    params: Params, config: ViTConfig, pictures: Pictures, run: Execution, adapters: Adapters = ()
+    params: Params, config: ViTConfig, pictures: Pictures, run: Execution, adapters: Adapters = (), plugs: Plugs = ()
 ) -> jax.Array:
     """All states [layers + 1, n, tokens, width].
 
     Counted as transformers does: 0 is the embedding output (after CLIP's pre-norm), i the output of block i.
     """
     x = embed(params, config, pictures, run)
-    _, states = _run_blocks(params, config, x, pictures, config.layers, True, run, adapters)
+    _, states = _run_blocks(params, config, x, pictures, config.layers, True, run, adapters, plugs)
     assert states is not None
     return jnp.concatenate([x[None], states])
 
@@ -110,6 +112,8 @@ def features(
     pictures: Pictures,
     run: Execution,
     adapters: Adapters = (),
+    plugs: Plugs = (),
+    dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """What the connector reads: [n, positions, width * len(spec.layers)].
 
@@ -119,12 +123,13 @@ def features(
         raise ValueError(f"feature layers {spec.layers} of an encoder with {config.layers} blocks")
     x = embed(params, config, pictures, run)
     if spec.pooled:
-        last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, adapters)
+        last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, adapters, plugs, dropout_key)
         return pooled(params, config, last, pictures)[:, None]
     wanted = [layer % (config.layers + 1) for layer in spec.layers]
     last, states = x, None
     if max(wanted):
-        last, states = _run_blocks(params, config, x, pictures, max(wanted), len(wanted) > 1, run, adapters)
+        top, keep = max(wanted), len(wanted) > 1
+        last, states = _run_blocks(params, config, x, pictures, top, keep, run, adapters, plugs, dropout_key)
     picked = [last] if states is None else [x if layer == 0 else states[layer - 1] for layer in wanted]
     if spec.post_norm:
         picked = [post_norm(params, config, state) for state in picked]
@@ -202,16 +207,20 @@ def _run_blocks(
     keep: bool,
     run: Execution,
     adapters: Adapters,
+    plugs: Plugs = (),
+    dropout_key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked."""
+    """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked. Of what is plugged in
+    alone anything is dropped."""
     block = Block(config.block, adapters, backend=run.attention)
     around = Surroundings(_mask(pictures, x.shape[1]), _rotation(config, pictures))
 
     def body(x, layer, j, index, extra):
-        x = apply(block, layer, x, around)
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
+        x = apply(block, layer, x, dataclasses.replace(around, ports=ports.bind(plugs, extra, key)))
         return x, x if keep else None
 
-    return run_stack(body, x, params["layers"], layers=layers, run=run)
+    return run_stack(body, x, params["layers"], layers=layers, extras=ports.extras(params, plugs, 1, layers), run=run)
 
 
 def _rotation(config: ViTConfig, pictures: Pictures) -> tuple[jax.Array, jax.Array] | None:
@@ -268,10 +277,10 @@ def project(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
     return state @ params["projection"]["kernel"].astype(state.dtype) if config.projection else state
 
 
-def classify(params: Params, config: ViTConfig, pictures: Pictures, run: Execution) -> jax.Array:
+def classify(params: Params, config: ViTConfig, pictures: Pictures, run: Execution, plugs: Plugs = ()) -> jax.Array:
     """float32 class logits [n, classes]."""
     x = embed(params, config, pictures, run)
-    last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, ())
+    last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, (), plugs)
     return logits(params, config, pooled(params, config, last, pictures))
 
 

@@ -160,7 +160,7 @@ def parameter_table(params: Params, selection: Selection) -> str:
     """Parts with their parameters, those that a stage trains, and bytes as held."""
     parts: dict[str, Params] = {}
     for path, leaf in tree.flatten(params).items():
-        name = "adapters" if "/adapters/" in path else path.split("/")[0]
+        name = "adapters" if tree.adapter_of(path) else path.split("/")[0]
         parts.setdefault(name, {})[path] = leaf
     lines = [f"{'part':12} {'parameters':>15} {'trainable':>15} {'bytes':>12}"]
     rows = {**parts, "total": {path: leaf for leaves in parts.values() for path, leaf in leaves.items()}}

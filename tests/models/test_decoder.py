@@ -117,7 +117,7 @@ def plugged(config, params, plug, leaves, x):
 
 
 @pytest.mark.parametrize("where", [(1, 3), (0, 2, 3)], ids=["every_second", "irregular"])
-@pytest.mark.parametrize("port", ["keys_values", "sublayer", "before"])
+@pytest.mark.parametrize("port", ["keys_values", "inputs", "sublayer", "before"])
 def test_a_plug_acts_on_its_layers_alone(port, where):
     """Each port, on some layers: equal to the unplugged model when its leaves are zero, and to a model cut at the plug's
     first layer before it."""
@@ -130,7 +130,8 @@ def test_a_plug_acts_on_its_layers_alone(port, where):
             jnp.ones((q.shape[0], 3, 2, 8)),
             p["gate"],
         ),
-        "sublayer": lambda p, place, x, y: y + p["gate"].sum() * x * p["w"].mean(),
+        "inputs": lambda p, place, x: x + p["gate"].sum() * jnp.tanh(x),
+        "sublayer": lambda p, place, x, joined, y: y + p["gate"].sum() * x * p["w"].mean(),
         "before": lambda p, x: x + p["gate"].sum() * jnp.tanh(x),
     }
     plug = Plug("probe", port, where, calls[port])
