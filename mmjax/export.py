@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mmjax import tree
-from mmjax.checkpoints import peft, safetensors
+from mmjax.checkpoints import adapterhub, peft, safetensors
 from mmjax.data.tiling import AnyRes, DynamicTiles
 from mmjax.errors import UserError
 from mmjax.families import composed, idefics, internvl, keys, llava, llava_llama, llava_next, open_flamingo
@@ -23,7 +23,7 @@ from mmjax.model import Model
 from mmjax.models import adapters, new_rows, prompts, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.models.tuning_config import PrefixConfig
+from mmjax.models.tuning_config import BottleneckConfig, PrefixConfig
 from mmjax.preprocessing import (
     PLACEHOLDER,
     is_writable,
@@ -54,6 +54,11 @@ _NOT_TEXT = (
 
 def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True) -> None:
     """See Model.save_pretrained. Raises UserError where the layout cannot hold the model."""
+    if plugged := [adapter.name for adapter in model.config.adapters if isinstance(adapter, BottleneckConfig)]:
+        raise UserError(
+            f"bottleneck adapters cannot be merged into weights ({', '.join(plugged)}); write them by themselves: "
+            "--config.export.format=peft, or mmjax.export.save_adapters"
+        )
     if model.config.adapters and not merge_adapters:
         raise UserError(
             f"the adapters {', '.join(_names(model))} cannot stay apart in a whole model's directory; "
@@ -102,7 +107,7 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
 
 
 def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", dtype: str = "") -> None:
-    """One adapter in peft's layout. `name` may be left out where there is only one.
+    """One adapter in peft's layout, or, where that has no such method, AdapterHub's. `name` may be left out where there is only one.
 
     base   the directory or repository over which it is written. New rows of the vocabulary are no part of an adapter: where the
            model has any, a base that holds them must be given.
@@ -118,6 +123,9 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
     adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
     family, foreign = _target(model, "")
     under = peft.Base(model.config, family, foreign, model.params)
+    if isinstance(adapter, BottleneckConfig):
+        adapterhub.write(model.params, adapter, under, path, base_name=base or next(iter(model.bases), ""), dtype=dtype or None)
+        return
     peft.write(model.params, adapter, under, path, base_name=base or next(iter(model.bases), ""), dtype=dtype or None)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import hub, published, tree
-from mmjax.checkpoints import peft, weights
+from mmjax.checkpoints import adapterhub, peft, weights
 from mmjax.data import templates
 from mmjax.data.templates import Template
 from mmjax.errors import UserError
@@ -16,6 +16,7 @@ from mmjax.model import Model
 from mmjax.models import connectors, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
+from mmjax.models.tuning_config import Adapter
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import (
     has_tokenizer,
@@ -40,7 +41,7 @@ def load(
     shardings: Params | None = None,
     check_finite: bool = True,
 ) -> Model:
-    """The model in a directory: a Hugging Face one, one in an original layout, a PEFT adapter over its base, or an mmjax workdir;
+    """The model in a directory: a Hugging Face one, one in an original layout, an adapter of PEFT's or AdapterHub's over its base, or an mmjax workdir;
     or a repository, OWNER/NAME or OWNER/NAME@REVISION, that is in the local Hugging Face cache. What it is, its config.json says.
 
     dtype         of weights and activations
@@ -59,7 +60,12 @@ def load(
     has_config = (directory / "config.json").is_file()
     adapter_config = directory / "adapter_config.json"
     if has_config and "adapter_dir" in (index := read_json(directory / "config.json")):
-        return load(directory / index["adapter_dir"], template=template, **reading)
+        beside = directory / index["adapter_dir"]
+        if adapterhub.is_one(read_json(beside / "adapter_config.json")):
+            return with_bottleneck(load(directory / index["base_dir"], template=template, **reading), beside)
+        return load(beside, template=template, **reading)
+    if adapter_config.is_file() and adapterhub.is_one(fields := read_json(adapter_config)):
+        return with_bottleneck(load(locate(adapterhub.base_name(fields), directory), template=template, **reading), directory)
     if adapter_config.is_file():
         adapter = peft.read(directory)
         if not has_config:
@@ -139,7 +145,15 @@ def chosen_template(tokenizer: Any, directory: Path, name: str = "") -> Template
 
 def with_adapter(model: Model, directory: peft.Directory) -> Model:
     """The model with a PEFT adapter beside its weights."""
-    adapter, leaves = peft.leaves(directory, peft.Base(model.config, model.family, model.foreign, model.params))
+    return _with_leaves(model, *peft.leaves(directory, peft.Base(model.config, model.family, model.foreign, model.params)))
+
+
+def with_bottleneck(model: Model, directory: Path) -> Model:
+    """The model with an adapter of AdapterHub's in its blocks."""
+    return _with_leaves(model, *adapterhub.read(directory, peft.Base(model.config, model.family, model.foreign, model.params)))
+
+
+def _with_leaves(model: Model, adapter: Adapter, leaves: Params) -> Model:
     config = dataclasses.replace(model.config, adapters=(*model.config.adapters, adapter))
     return dataclasses.replace(
         model,

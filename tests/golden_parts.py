@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 import mmjax
+from mmjax import export
 from mmjax.batch import Batch
 from mmjax.checkpoints import weights
 from mmjax.data.encoding import IGNORED, Encoder, Example
@@ -245,6 +246,13 @@ def minigpt4(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) 
     return found
 
 
+def adapted(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """A model with its adapter, and without."""
+    model = mmjax.load(directory)
+    found, base = model(inputs), export.without_adapters(model)(inputs)
+    return {**found, **{f"base_{name}": value for name, value in base.items()}}
+
+
 def _turns(config: Arrays) -> list[list[str]]:
     """What the user and the model say in each row, in turn, as the reference writes it before it tokenises."""
     samples, end, asks = config["samples"], config["end_sym"], config["prompt_template"].format
@@ -287,6 +295,7 @@ PARTS = {
     "moondream2_may2024_vision": moondream2_may2024_vision,
     "otter_gated_xattn": gated_cross_attention_block,
     "otter_perceiver": flamingo_perceiver,
+    "peft_bottleneck_adapter": adapted,
     "vila_projector": vila_projector,
     **dict.fromkeys(("peft_prompt_tuning", "peft_p_tuning", "peft_prefix_tuning", "peft_multitask_prompt_tuning"), in_front),
 }
