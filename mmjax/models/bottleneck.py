@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import ports
-from mmjax.models.layers import ACTIVATIONS, Norm, apply, dropped, matmul
+from mmjax.models.kernels import dropped, matmul
+from mmjax.models.layers import ACTIVATIONS, Norm, apply
 from mmjax.models.tuning_config import BottleneckConfig
 
 Params = dict[str, Any]
@@ -27,7 +28,8 @@ EPS = 1e-5  # of its norms, torch's own
 
 def init(key: jax.Array, adapter: BottleneckConfig, width: int, layers: int) -> Params:
     """Fresh float32 leaves for so many layers of blocks `width` wide: `down` ~ U(-1/sqrt(width), 1/sqrt(width)), the rest 0."""
-    inner, params = inner_width(adapter, width), {}
+    inner = inner_width(adapter, width)
+    params: Params = {}
     for place, draw in zip(adapter.places, jax.random.split(key, len(adapter.places))):
         params[place] = {
             "down": jax.random.uniform(draw, (layers, width, inner), minval=-(width**-0.5), maxval=width**-0.5),

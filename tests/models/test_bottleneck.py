@@ -3,12 +3,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from tests.models import tiny
 
 from mmjax import tree
 from mmjax.models import adapters, bottleneck, multimodal
 from mmjax.models.config import Execution
 from mmjax.models.tuning_config import BottleneckConfig
+from tests.models import tiny
 
 EVERYWHERE = BottleneckConfig(
     "houlsby", width=6, places=("attention", "mlp"), reads="output", activation="silu", norm_before=True, parts=("llm", "vision")
