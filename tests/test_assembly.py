@@ -18,8 +18,13 @@ from mmjax.config import Adapter, Connector, Model, Part, Recipe, Source, Stage,
 from mmjax.config import Image as RecipeImage
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
+from mmjax.families import composed
+from mmjax.model import Model as Whole
 from mmjax.models import multimodal
 from mmjax.models.encoder_config import ConnectorConfig
+from mmjax.models.tuning_config import MultitaskPromptConfig, PromptConfig
+from tests.data.tokenizers import byte_tokenizer
+from tests.models import tiny
 
 LLAMA = {
     "model_type": "llama",
@@ -335,3 +340,20 @@ def test_stitched_tiles_go_through_questions_exports_and_reading(tmp_path):
     again = mmjax.load(tmp_path / "out", template="moondream")
     assert again.config.features == model.config.features and again.image_processor.tiling == model.image_processor.tiling
     assert again.answers(talks, 6) == together
+
+
+def test_a_prompt_begins_as_the_embeddings_of_its_text():
+    """Repeated until it is long enough; other prompts begin as they were drawn."""
+    tuned = PromptConfig("told", 5, text="ab"), MultitaskPromptConfig("cut", 2, text="abc"), PromptConfig("drawn", 2)
+    config = dataclasses.replace(tiny.model_config(1, adapters=tuned), vision=None, connector=None)
+    config = dataclasses.replace(config, llm=dataclasses.replace(config.language, vocab_size=300, embed_scale=2.0))
+    params, tokenizer = tiny.random_params(config), byte_tokenizer()
+    model = Whole(config, params, composed.FAMILY, {}, tokenizer=tokenizer)
+    prompts = assembly._with_texts_begun(model, None).params["llm"]["prompts"]
+    a, b = tokenizer("ab")["input_ids"]
+    table = params["llm"]["embed"]["embedding"]
+    np.testing.assert_array_equal(prompts["told"]["vectors"], 2 * table[[a, b, a, b, a]])
+    np.testing.assert_array_equal(prompts["cut"]["vectors"], 2 * table[[a, b]])
+    np.testing.assert_array_equal(prompts["drawn"]["vectors"], params["llm"]["prompts"]["drawn"]["vectors"])
+    with pytest.raises(UserError, match="told.text cannot be read: the model has no tokenizer"):
+        assembly._with_texts_begun(dataclasses.replace(model, tokenizer=None), None)

@@ -153,6 +153,13 @@ def test_both_ways(directories, tmp_path, case):
         np.testing.assert_array_equal(tree.flatten(back.params)[path], drawn[path])
 
 
+def test_fields_of_the_future_are_written_again(directories, tmp_path):
+    model = mmjax.load(rewritten(directories, tmp_path, {"of_the_future": [1, 2], "tokenizer_kwargs": {"a": 1}}))
+    save_adapters(model, tmp_path / "again")
+    fields = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    assert fields["of_the_future"] == [1, 2] and "tokenizer_kwargs" not in fields
+
+
 @pytest.mark.parametrize("kind", ["mlp", "lstm"])
 def test_encoders_equal_pefts(kind):
     ours = PTuningConfig("x", 3, encoder=kind, encoder_width=5)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import numpy as np
@@ -153,3 +154,18 @@ def test_a_tokenizer_without_offsets_is_refused(tokenizer):
 
     with pytest.raises(UserError, match="Slow gives no character offsets"):
         Encoder(Slow(), templates.get("v1"), 1)
+
+
+def test_virtual_tokens_stand_in_front_and_are_counted(tokenizer):
+    plain = Encoder(tokenizer, templates.get("plain", tokenizer), tokens_per_image=3)
+    encoder = dataclasses.replace(plain, virtual=4, tasks=2)
+    before, said = plain.encode(sample("<image>", "ab", images=["x.png"])), sample("<image>", "ab", images=["x.png"])
+    example = encoder.encode(dataclasses.replace(said, task=1))
+    assert example.task == 1 and encoder.collation["virtual"] == 4
+    assert example.ids.tolist() == [0] * 4 + before.ids.tolist()
+    assert example.labels.tolist() == [-100] * 4 + before.labels.tolist()
+    assert example.media.tolist() == [-1] * 4 + before.media.tolist()
+    shorter = dataclasses.replace(encoder, max_length=len(example.ids) - 1).encode(said)
+    assert shorter.ids.tolist() == example.ids.tolist()[:-1]
+    with pytest.raises(BadSample, match="of task 2, and the model's prompts know 0 to 1"):
+        encoder.encode(dataclasses.replace(said, task=2))

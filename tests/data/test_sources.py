@@ -131,6 +131,21 @@ def test_a_source_may_bring_a_system_text_or_none():
         assert written.startswith("Be brief. USER: " if system else "USER: ")
 
 
+def test_samples_have_the_task_of_their_row_or_of_their_source(tmp_path):
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    lines = [json.dumps(row), json.dumps({**row, "task_id": 2}), json.dumps({**row, "task_id": "x"})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    rows = Source(kind="messages", path=str(tmp_path / "rows.jsonl"))
+    dataset = sources.open(rows)
+    assert [dataset[0].task, dataset[1].task] == [0, 2]
+    with pytest.raises(BadSample, match="task_id"):
+        dataset[2]
+    given = sources.open(Source(kind="messages", path=rows.path, options={"task_id": 1}))
+    assert [given[0].task, given[1].task] == [1, 1]
+    with pytest.raises(UserError, match="task_id: give the number of a task"):
+        sources.open(Source(kind="messages", path=rows.path, options={"task_id": "one"}))
+
+
 def test_handwriting_is_a_source_like_the_others():
     dataset = sources.open(Source(kind="digits", options={"task": "single", "size": 7}))
     assert len(dataset) == 7

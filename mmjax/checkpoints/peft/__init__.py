@@ -16,7 +16,7 @@ from typing import Any
 
 from mmjax.checkpoints import safetensors, weights
 from mmjax.checkpoints.peft import lora, prompts
-from mmjax.checkpoints.peft.method import Base, Directory, Method
+from mmjax.checkpoints.peft.method import NEUTRAL, Base, Directory, Method
 from mmjax.errors import UserError
 from mmjax.models.tuning_config import Adapter
 from mmjax.tree import Params
@@ -25,10 +25,6 @@ log = logging.getLogger(__name__)
 
 METHODS: tuple[Method, ...] = (lora.LORA, prompts.PROMPT, prompts.P_TUNING, prompts.MULTITASK, prompts.PREFIX)
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
-# Fields of every method that change nothing here: where the adapter was made and what its base was.
-_NEUTRAL = frozenset(
-    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type runtime_config".split()
-)
 _UNSET: tuple[Any, ...] = (None, False, 0, [], {}, "", "none")
 
 
@@ -53,7 +49,7 @@ def read(path: str | Path, name: str = "default") -> Directory:
     refused += method.problems(fields)
     if refused:
         raise UserError(f"{file}: not supported: {'; '.join(refused)}")
-    unknown = sorted(set(fields) - _NEUTRAL - method.known - set(method.refused))
+    unknown = sorted(set(fields) - NEUTRAL - method.known - set(method.refused))
     if unknown:
         log.warning("%s: fields that are not known here are kept, and change nothing: %s", file, ", ".join(unknown))
     return Directory(path, fields, weights.read(path, NAMES), name, method)

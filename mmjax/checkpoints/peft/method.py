@@ -14,6 +14,10 @@ from mmjax.models.tuning_config import Adapter
 from mmjax.tree import Params
 
 Fields = Mapping[str, Any]
+# Fields of every method that change nothing here: where the adapter was made and what its base was.
+NEUTRAL = frozenset(
+    "auto_mapping base_model_name_or_path inference_mode peft_type peft_version revision task_type runtime_config".split()
+)
 
 
 @dataclasses.dataclass(frozen=True)

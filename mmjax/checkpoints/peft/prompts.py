@@ -10,6 +10,7 @@ P_TUNING never use; and peft hands layer l of a prefix the pair (2 l mod layers)
 
 from __future__ import annotations
 
+import json
 from typing import Any, Callable
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.checkpoints import weights
-from mmjax.checkpoints.peft.method import Base, Directory, Fields, Method
+from mmjax.checkpoints.peft.method import NEUTRAL, Base, Directory, Fields, Method
 from mmjax.checkpoints.safetensors import Tensor
 from mmjax.errors import UserError
 from mmjax.models import prefix, prompts
@@ -32,7 +33,7 @@ _START = "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path toke
 
 
 def _read_prompt(directory: Directory, base: Base) -> tuple[Adapter, Params]:
-    config = PromptConfig(directory.name, _tokens(directory))
+    config = PromptConfig(directory.name, _tokens(directory), peft=_kept(directory))
     return config, _leaves(directory, base, config)
 
 
@@ -46,6 +47,7 @@ def _read_p_tuning(directory: Directory, base: Base) -> tuple[Adapter, Params]:
         encoder_width=int(fields.get("encoder_hidden_size") or 0),
         encoder_depth=int(fields.get("encoder_num_layers") or 2),
         settled=True,
+        peft=_kept(directory),
     )
     return config, _leaves(directory, base, config)
 
@@ -57,6 +59,7 @@ def _read_multitask(directory: Directory, base: Base) -> tuple[Adapter, Params]:
         _tokens(directory),
         tasks=int(fields.get("num_tasks") or 1),
         task_rank=int(fields.get("num_ranks") or 1),
+        peft=_kept(directory),
     )
     return config, _leaves(directory, base, config)
 
@@ -65,7 +68,7 @@ def _read_prefix(directory: Directory, base: Base) -> tuple[Adapter, Params]:
     fields, llm = directory.fields, base.config.language
     projected = bool(fields.get("prefix_projection", False))
     hidden = int(fields.get("encoder_hidden_size") or 0) if projected else 0
-    config = PrefixConfig(directory.name, _tokens(directory), projected, hidden, settled=projected)
+    config = PrefixConfig(directory.name, _tokens(directory), projected, hidden, settled=projected, peft=_kept(directory))
     width = prefix.width(llm)
     heads, dim = fields.get("num_attention_heads"), fields.get("token_dim")
     if dim not in (None, width) or heads not in (None, llm.block.kv_heads):
@@ -77,6 +80,12 @@ def _read_prefix(directory: Directory, base: Base) -> tuple[Adapter, Params]:
     both = both.reshape(config.tokens, llm.layers, 2, width)[:, _pairs(base)].transpose(2, 1, 0, 3)
     found = {f"llm/plugs/{config.name}/{name}": jax.device_put(part) for name, part in zip(("keys", "values"), both)}
     return config, tree.unflatten(found)
+
+
+def _kept(directory: Directory) -> str:
+    """The fields that nobody knows, to be written again."""
+    unknown = set(directory.fields) - NEUTRAL - directory.method.known - set(directory.method.refused)
+    return json.dumps({name: directory.fields[name] for name in sorted(unknown)}) if unknown else ""
 
 
 def _tokens(directory: Directory) -> int:
@@ -137,7 +146,7 @@ def _write_prompt(params: Params, adapter: Adapter, base: Base, dtype: Any) -> t
     """Prompts of all kinds."""
     assert isinstance(adapter, prompts.Prompt)
     leaves, llm = params["llm"]["prompts"][adapter.name], base.config.language
-    fields = _common(base, adapter.tokens, llm.input_width, llm.block.heads)
+    fields = _common(base, adapter, llm.input_width, llm.block.heads)
     held = {VECTORS: leaves["vectors"]}
     if isinstance(adapter, MultitaskPromptConfig):
         held |= {theirs: leaves[ours] for theirs, ours in TASKS.items()}
@@ -169,7 +178,7 @@ def _write_prefix(params: Params, adapter: Adapter, base: Base, dtype: Any) -> t
             "keys and values, and here they differ: a workdir keeps it"
         )
     flat = placed.transpose(2, 0, 1, 3).reshape(adapter.tokens, -1)
-    fields = _common(base, adapter.tokens, prefix.width(llm), llm.block.kv_heads)
+    fields = _common(base, adapter, prefix.width(llm), llm.block.kv_heads)
     fields |= {
         "prefix_projection": adapter.projected,
         "encoder_hidden_size": adapter.encoder_width or prefix.width(llm),
@@ -178,10 +187,11 @@ def _write_prefix(params: Params, adapter: Adapter, base: Base, dtype: Any) -> t
     return fields, [_tensor(VECTORS, flat, dtype)]
 
 
-def _common(base: Base, tokens: int, width: int, heads: int) -> dict[str, Any]:
+def _common(base: Base, adapter: prompts.Prompt | PrefixConfig, width: int, heads: int) -> dict[str, Any]:
     return {
+        **(json.loads(adapter.peft) if adapter.peft else {}),
         "task_type": "CAUSAL_LM" if base.config.language.encoder is None else "SEQ_2_SEQ_LM",
-        "num_virtual_tokens": tokens,
+        "num_virtual_tokens": adapter.tokens,
         "token_dim": width,
         "num_transformer_submodules": 1,
         "num_attention_heads": heads,
