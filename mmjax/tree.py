@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import re
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 Params = dict[str, Any]
 
 _RANGE = re.compile(r"\[(-?\d*):(-?\d*)\]")
+_STACK = re.compile(r"(/layers|/plugs/[^/]+)(?=/)")
 
 
 def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -93,6 +94,15 @@ def adapter_of(path: str) -> str:
     """The name of the adapter whose leaf this is, wherever it stands; "" for any other."""
     found = re.search(r"/(?:adapters|prompts|plugs)/([^/]+)/", path)
     return found[1] if found and found[1] != "cross_attention" else ""
+
+
+def at_layers(path: str, layers: Sequence[int], depth: int) -> list[str]:
+    """Globs that name these layers (ascending) of a stacked path, of `depth` in all."""
+    if len(layers) == depth:
+        return [path]
+    starts = [layer for layer in layers if layer - 1 not in layers]
+    stops = [layer + 1 for layer in layers if layer + 1 not in layers]
+    return [_STACK.sub(rf"\1[{start}:{stop}]", path, count=1) for start, stop in zip(starts, stops)]
 
 
 def layer_range(glob: str) -> tuple[int | None, int | None] | None:

@@ -161,10 +161,13 @@ def bound(params: Params, config: ModelConfig, part: str, rows: int | None = Non
     return tree.unflatten(bare)[part]
 
 
-def merge(params: Params, config: ModelConfig, weights: Mapping[str, float] = {}) -> tuple[Params, ModelConfig]:
+def merge(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig]:
     """The parameters with every adapter that stands beside weights merged into them (in float32, stored in the dtype they had), and
-    their shapes. A tied head of which only one side is changed gets a kernel of its own; a Linear may get a bias."""
-    bare, found, config = _to_merge(params, config, weights)
+    their shapes; the others stay. An adapter counts by its weight, if it has one. A tied head of which only one side is changed gets a
+    kernel of its own; a Linear may get a bias."""
+    if not config.adapters:
+        return params, config
+    bare, found, config = _to_merge(params, config)
     for path, present in found.items():
         _merge_into(bare, path, present)
     return tree.unflatten(bare), config
@@ -173,7 +176,7 @@ def merge(params: Params, config: ModelConfig, weights: Mapping[str, float] = {}
 def merge_by_layer(params: Params, config: ModelConfig) -> tuple[Params, ModelConfig, Callable[[str, int | None, Any], Any]]:
     """The same for who writes layer after layer: the parameters with copies in their places alone, the shapes, and what makes of
     (path, layer or None, that layer of the leaf) what is to be written, in the same dtype."""
-    bare, found, config = _to_merge(params, config, {})
+    bare, found, config = _to_merge(params, config)
 
     def row(leaf: Any, i: int | None) -> np.ndarray:
         return np.asarray(leaf if i is None else leaf[i], np.float32)
@@ -193,12 +196,10 @@ def merge_by_layer(params: Params, config: ModelConfig) -> tuple[Params, ModelCo
     return tree.unflatten(bare), config, change
 
 
-def _to_merge(
-    params: Params, config: ModelConfig, weights: Mapping[str, float]
-) -> tuple[Leaves, dict[str, list[tuple[Adapter, Leaves]]], ModelConfig]:
+def _to_merge(params: Params, config: ModelConfig) -> tuple[Leaves, dict[str, list[tuple[Adapter, Leaves]]], ModelConfig]:
     """The leaves with copies in their places, what changes Linears and tables (see _bind), and the shapes of the whole when merged."""
     flat = {path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(f"{WEIGHTS}/")}
-    bare, found = _bind(flat, config, {name: jnp.float32(weight) for name, weight in weights.items()}, None)
+    bare, found = _bind(flat, config, params.get(WEIGHTS, {}), None)
     for path, leaf in bare.items():
         if path in flat and leaf is not flat[path]:
             bare[path] = leaf.astype(stored(flat[path]).dtype)
@@ -222,6 +223,11 @@ def leaves_of(params: Params, names: Sequence[str]) -> Params:
     """The leaves of the adapters of these names, wherever they stand."""
     places = tuple(f"/{port}/{name}/" for name in names for port in ("adapters", "plugs", "prompts"))
     return tree.unflatten({p: leaf for p, leaf in tree.flatten(params).items() if any(place in p for place in places)})
+
+
+def names(place: Place, flat: Mapping[str, Any]) -> list[str]:
+    """The names of a place's leaves, of which `flat` has the paths."""
+    return list(_originals(place)) if place.copies else [name for name in _OWN if f"{place.at}/{name}" in flat]
 
 
 def has_port(path: str) -> bool:
@@ -352,12 +358,15 @@ def _bind(
     found: dict[str, list[tuple[Adapter, Leaves]]] = {}
     instead: dict[str, list[tuple[jax.Array, Any]]] = {}
     for adapter in config.adapters:
-        weight = _weight(weights.get(adapter.name), adapter, rows)
+
+        def weight(adapter: Adapter = adapter) -> jax.Array | None:
+            return _weight(weights.get(adapter.name), adapter, rows)
+
         groups: dict[str, list[tuple[Place, Leaves]]] = {}
         for place in places(nested, config, adapter, strict=False):
             for name, of in _originals(place).items():
                 if (path := f"{place.at}/{name}") in flat:
-                    instead.setdefault(of, []).append((_laid_over(flat[of], flat[path], place), weight))
+                    instead.setdefault(of, []).append((_laid_over(flat[of], flat[path], place), weight()))
                     if of == f"{EMBED}/embedding" and not place.rows and f"{HEAD}/kernel" in flat:
                         bare[f"{HEAD}/kernel"] = flat[f"{HEAD}/kernel"]  # a tied head stays with the table under the copy
             own = {} if place.copies else {name: flat[path] for name in _OWN if (path := f"{place.at}/{name}") in flat}
@@ -365,7 +374,7 @@ def _bind(
                 groups.setdefault(place.path, []).append((place, own))
         for path, group in groups.items():
             depth = flat[_weight_at(path)].shape[0] if tree.is_stacked(path) else None
-            found.setdefault(path, []).append((adapter, _for_all_layers(depth, adapter, group, weight)))
+            found.setdefault(path, []).append((adapter, _for_all_layers(depth, adapter, group, weight())))
     for path, news in instead.items():
         bare[path] = _replaced(flat[path], news, path)
     return bare, found
@@ -380,6 +389,8 @@ def _weight(weight: Any, adapter: Adapter, rows: int | None) -> jax.Array | None
             f"adapter {adapter.name!r} changes more than the language model, whose rows alone can have weights of their own: give it one "
             "weight for all rows"
         )
+    if rows % len(weight):
+        raise UserError(f"adapter {adapter.name!r} has weights for {len(weight)} rows; the batch has {rows}")
     return jnp.repeat(weight, rows // len(weight))  # copies of a row (beams) stand one after another
 
 

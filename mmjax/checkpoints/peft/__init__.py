@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.checkpoints import safetensors, weights
-from mmjax.checkpoints.peft import lora, prompts
+from mmjax.checkpoints.peft import lora, prompts, scaling
 from mmjax.checkpoints.peft.method import NEUTRAL, Base, Directory, Method
 from mmjax.errors import UserError
 from mmjax.models.tuning_config import Adapter
@@ -23,7 +23,15 @@ from mmjax.tree import Params
 
 log = logging.getLogger(__name__)
 
-METHODS: tuple[Method, ...] = (lora.LORA, prompts.PROMPT, prompts.P_TUNING, prompts.MULTITASK, prompts.PREFIX)
+METHODS: tuple[Method, ...] = (
+    lora.LORA,
+    scaling.IA3,
+    scaling.LN_TUNING,
+    prompts.PROMPT,
+    prompts.P_TUNING,
+    prompts.MULTITASK,
+    prompts.PREFIX,
+)
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _UNSET: tuple[Any, ...] = (None, False, 0, [], {}, "", "none")
 
@@ -74,6 +82,6 @@ def write(params: Params, adapter: Adapter, base: Base, path: str | Path, *, bas
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
     fields, tensors = method.write(params, adapter, base, dtype)
-    common = {"peft_type": method.peft_type, "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "inference_mode": True}
+    common = {"peft_type": method.peft_type, "base_model_name_or_path": base_name, "inference_mode": True}
     safetensors.write_file(tensors, path / NAMES[0])
-    (path / "adapter_config.json").write_text(json.dumps({**common, **fields}, indent=2) + "\n")
+    (path / "adapter_config.json").write_text(json.dumps({"task_type": "CAUSAL_LM", **fields, **common}, indent=2) + "\n")
