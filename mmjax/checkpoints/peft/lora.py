@@ -26,6 +26,7 @@ from mmjax.checkpoints.peft.modules import (
     Values,
     base_row,
     by_pattern,
+    changed_under,
     copied,
     fill,
     globs,
@@ -83,7 +84,7 @@ def _read(directory: Directory, base: Base) -> tuple[LoraConfig, Params]:
     for module in targeted(base, fields, _can):
         found.setdefault(module, {})
     for module, tensors in found.items():
-        if tensors.keys() == {"rows"} or tensors.keys() == {"bias"}:
+        if tensors and not tensors.keys() & {"a", "b", "lora_bias", "lora_magnitude"}:
             continue
         kinds = {"a", "b", *["lora_magnitude"] * dora, *["lora_bias"] * (lora_bias and not module.is_table)}
         missing += [f"{PREFIX}{module.name}.{_suffix(kind, module)}" for kind in sorted(kinds - tensors.keys())]
@@ -98,12 +99,13 @@ def _read(directory: Directory, base: Base) -> tuple[LoraConfig, Params]:
             ranks[at], alphas[at] = rank, float(by_pattern(fields.get("alpha_pattern"), module, fields["lora_alpha"]))
     if wrong:
         raise UserError(f"{directory.path}: {'; '.join(wrong[:10])}")
+    for module, tensors in found.items():
+        if (under := tensors.pop("weight", None)) is not None:
+            values |= changed_under(base, module, under)
     whole = copied(base, values)
     for module, tensors in found.items():
         for kind, stored in tensors.items():
             _add_values(values, base, module, kind, stored)
-    if any(kind == "weight" for tensors in found.values() for kind in tensors):  # of the table under its adapter
-        whole = (*whole, f"{adapters.EMBED}/embedding")
     bias = fields.get("bias") or "none"
     rows = fields.get("trainable_token_indices") or ()
     adapter = LoraConfig(
@@ -137,7 +139,7 @@ def _add_values(values: Values, base: Base, module: Module, kind: str, stored: S
         elif kind in ("lora_bias", "lora_magnitude", "bias"):
             put(path, kind, lambda path=path: module.share(base, path, stored.read().reshape(-1)))  # type: ignore[misc]
         else:
-            put(path, {"weight": "embedding"}.get(kind, kind), stored.read)
+            put(path, kind, stored.read)
 
 
 def _pattern(base: Base, values: dict[tuple[str, int | None], Any], default: Any) -> tuple[tuple[str, Any], ...]:

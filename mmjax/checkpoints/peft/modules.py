@@ -161,6 +161,22 @@ def _copies(base: Base, rule: Rule, at: tuple[int, ...], tensor: Stored) -> Valu
     return made
 
 
+def changed_under(base: Base, module: Module, stored: Stored) -> Values:
+    """What a file's own copy of the weight under an adapter (peft keeps that of tables) says anew: nothing where it is as in the base. A
+    head that is tied to the table changes with it."""
+    whole = module.rule.form.ours(stored.read())
+    [path] = module.rule.paths
+    flat = tree.flatten(base.params)
+    now = flat[path] if path in flat else flat[_EMBEDDING].T
+    if whole.shape == tuple(now.shape) and np.array_equal(np.asarray(whole.astype(now.dtype)), np.asarray(now)):
+        return {}
+    site, _, name = path.rpartition("/")
+    made: Values = {(site, module.layer, name): lambda: whole}
+    if module.is_table and any(m.paths == (adapters.HEAD,) and f"{adapters.HEAD}/kernel" not in flat for m in modules(base).values()):
+        made[adapters.HEAD, None, "kernel"] = lambda: whole.T
+    return made
+
+
 def targeted(base: Base, fields: Fields, can: Callable[[Module], bool], key: str = "target_modules") -> list[Module]:
     """The modules that a config's `target_modules` (or another field) chooses, by peft's rules, among those that `can` be."""
     wanted, excluded, saved = fields.get(key), fields.get("exclude_modules"), fields.get("modules_to_save") or []

@@ -1,0 +1,133 @@
+"""The methods beside weights in peft's directories, against the peft library in both directions, over several architectures."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax import tree
+from mmjax.export import save_adapters
+from mmjax.models import adapters
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+SIZE = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4}
+GATED = {**SIZE, "intermediate_size": 24, "pad_token_id": 0, "max_position_embeddings": 32}
+BASES = {
+    "llama": lambda: transformers.LlamaConfig(**GATED, num_key_value_heads=2),
+    "tied": lambda: transformers.LlamaConfig(**GATED, num_key_value_heads=2, tie_word_embeddings=True, attention_bias=True),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=4, n_positions=32),
+    "phi3": lambda: transformers.Phi3Config(**GATED, num_key_value_heads=2),
+    "opt": lambda: transformers.OPTConfig(**SIZE, ffn_dim=24, word_embed_proj_dim=16, max_position_embeddings=32),
+    "neox": lambda: transformers.GPTNeoXConfig(**GATED),
+}
+LORA = {"r": 3, "lora_alpha": 7}
+CASES = {
+    "patterns": ("llama", peft.LoraConfig, {
+        **LORA, "target_modules": ["q_proj", "v_proj", "down_proj"], "rank_pattern": {"layers.1.self_attn.q_proj": 5, "v_proj": 2},
+        "alpha_pattern": {"down_proj": 9}, "exclude_modules": ["2.mlp.down_proj"], "use_rslora": True}),
+    "layers": ("llama", peft.LoraConfig, {
+        **LORA, "target_modules": ["k_proj", "up_proj"], "layers_to_transform": [0, 2], "layers_pattern": "layers", "use_dora": True}),
+    "tables": ("llama", peft.LoraConfig, {**LORA, "target_modules": ["embed_tokens", "lm_head", "o_proj"], "modules_to_save": ["norm"]}),
+    "saved": ("llama", peft.LoraConfig, {**LORA, "target_modules": "all-linear", "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "tokens": ("tied", peft.LoraConfig, {**LORA, "target_modules": ["q_proj"], "trainable_token_indices": [3, 9, 4], "bias": "all"}),
+    "tied_head": ("tied", peft.LoraConfig, {**LORA, "target_modules": ["lm_head", "k_proj"], "bias": "lora_only"}),
+    "dora_table": ("tied", peft.LoraConfig, {**LORA, "target_modules": ["embed_tokens"], "use_dora": True}),
+    "conv1d": ("gpt2", peft.LoraConfig, {
+        **LORA, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "use_dora": True, "bias": "all"}),
+    "fused": ("phi3", peft.LoraConfig, {**LORA, "target_modules": "all-linear", "lora_bias": False, "use_dora": True}),
+    "by_heads": ("neox", peft.LoraConfig, {**LORA, "target_modules": ["query_key_value"], "bias": "lora_only"}),
+    "biases": ("opt", peft.LoraConfig, {**LORA, "target_modules": ["q_proj", "fc1"], "bias": "all", "lora_bias": True}),
+    "ia3": ("opt", peft.IA3Config, {"target_modules": ["k_proj", "v_proj", "fc2"], "feedforward_modules": ["fc2"]}),
+    "ia3_fused": ("phi3", peft.IA3Config, {"target_modules": ["qkv_proj", "gate_up_proj"], "feedforward_modules": ["gate_up_proj"]}),
+    "ia3_conv1d": ("gpt2", peft.IA3Config, {"target_modules": ["c_attn", "mlp.c_proj"], "feedforward_modules": ["mlp.c_proj"]}),
+    "norms": ("opt", peft.LNTuningConfig, {"target_modules": ["self_attn_layer_norm", "model.decoder.final_layer_norm"]}),
+}
+IDS = np.array([[5, 3, 9, 11, 4, 2], [7, 8, 3, 1, 30, 49]])
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Name -> (transformers' model, its directory), made when asked for."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(0)
+            model = transformers.AutoModelForCausalLM.from_config(BASES[name]()).eval()
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, float(parameter.ndim == 1), 0.3)
+            made[name] = model, tmp_path_factory.mktemp(name)
+            model.save_pretrained(made[name][1])
+        return copy.deepcopy(made[name][0]), made[name][1]
+
+    return get
+
+
+def theirs(model) -> np.ndarray:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.tensor(IDS)).logits.numpy()
+
+
+def ours(model) -> np.ndarray:
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(model({"input_ids": IDS})["logits"])
+
+
+def apart(a, b) -> float:
+    return float(np.abs(a - b).max() / np.abs(b).max())
+
+
+def written_by_peft(model, kind, settings, base, path):
+    """peft's model with every tensor of its adapter drawn at random, written to a directory."""
+    wrapped = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings)).eval()
+    torch.manual_seed(1)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad:
+            ones = "ia3" in name or "ln_tuning" in name or "magnitude" in name
+            torch.nn.init.normal_(parameter, 1.0 if ones else 0.0, 0.3)
+    wrapped.save_pretrained(path)
+    fields = json.loads((path / "adapter_config.json").read_text())
+    fields |= {"base_model_name_or_path": str(base), "of_the_future": [1, 2]}
+    (path / "adapter_config.json").write_text(json.dumps(fields))
+    return wrapped
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_both_ways(case, bases, tmp_path):
+    name, kind, settings = CASES[case]
+    model, base = bases(name)
+    plain = theirs(model)
+    wrapped = written_by_peft(model, kind, settings, base, tmp_path / "theirs")
+    want = theirs(wrapped)
+    assert apart(plain, want) > 1e-2  # it does something
+    found = mmjax.load(tmp_path / "theirs")
+    assert apart(ours(found), want) < 2e-5
+    merged, config = adapters.merge(found.params, found.config)
+    assert apart(ours(dataclasses.replace(found, params=merged, config=config)), want) < 2e-5
+
+    # As it was read it is written again; what nobody knows stays.
+    save_adapters(found, tmp_path / "again")
+    again, before = (json.loads((tmp_path / where / "adapter_config.json").read_text()) for where in ("again", "theirs"))
+    assert again["of_the_future"] == [1, 2] and again["target_modules"] == before["target_modules"]
+    assert apart(ours(mmjax.load(tmp_path / "again")), want) < 2e-5
+
+    # Trained onward it loads in peft.
+    flat = tree.flatten(found.params)
+    keys = jax.random.split(jax.random.key(2), len(flat))
+    flat = {p: a + 0.2 * jax.random.normal(k, a.shape) if "/adapters/" in p else a for k, (p, a) in zip(keys, flat.items())}
+    if name == "phi3" and kind is peft.IA3Config:  # one module reads one input
+        flat = {p: flat[p.replace("/up/", "/gate/")] if "ia3_input" in p else a for p, a in flat.items()}
+    onward = dataclasses.replace(found, params=tree.unflatten(flat))
+    save_adapters(onward, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(bases(name)[0], tmp_path / "ours").eval()
+    assert apart(theirs(loaded), ours(onward)) < 2e-5
+    assert apart(ours(mmjax.load(tmp_path / "ours")), ours(onward)) < 2e-5
