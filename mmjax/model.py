@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 import jax
 import numpy as np
 
-from mmjax import tree, vocabulary
+from mmjax import active_adapters, tree, vocabulary
+from mmjax.active_adapters import Choice
 from mmjax.batch import Batch
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Encoder, Example
@@ -25,6 +26,7 @@ from mmjax.inference.generate import Ended
 from mmjax.inference.generate import generate as generate_tokens
 from mmjax.inference.sampling import Sampling, from_file
 from mmjax.inference.stopping import before_stop, stopper
+from mmjax.models import adapters as beside
 from mmjax.models import new_rows, prompts
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.tree import Params
@@ -42,6 +44,7 @@ class Model:
     generation        the directory's generation_config.json: ids that begin and end a text
     bases             published weights under it: reference -> fingerprint
     own               paths of leaves that came from no published weights
+    unmerged          the model that this one was before its adapters were merged
     """
 
     config: ModelConfig
@@ -59,12 +62,17 @@ class Model:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     own: frozenset[str] = frozenset()
+    unmerged: Model | None = None
 
-    def __call__(self, inputs: Mapping[str, Any], output_hidden_states: bool = False) -> dict[str, jax.Array]:
-        """The outputs for inputs named as the Hugging Face processor or the reference names them.
+    def __call__(
+        self, inputs: Mapping[str, Any], output_hidden_states: bool = False, *, adapters: Choice | None = None
+    ) -> dict[str, jax.Array]:
+        """The outputs for inputs named as the Hugging Face processor or the reference names them; `adapters` as in `with_adapters`.
 
         Raises UserError for a name that the family does not take.
         """
+        if adapters is not None:
+            return self.with_adapters(adapters)(inputs, output_hidden_states)
         return self.family.outputs(
             self.params, self.config, self.foreign, self._known(inputs), self.run, output_hidden_states
         )
@@ -77,6 +85,7 @@ class Model:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         return_scores: bool = False,
+        adapters: Choice | None = None,
         **sampling: Any,
     ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """The new ids after each row's prompt, int32 [rows, new]: greedy unless `sampling` says otherwise (fields of
@@ -87,7 +96,11 @@ class Model:
 
         stop            strings that end an answer, which is kept up to the token that completes one
         return_scores   also the logits of each step, float32 [rows, new, vocab]
+        adapters        as in `with_adapters`
         """
+        if adapters is not None:
+            model, more = self.with_adapters(adapters), {"ignore_eos": ignore_eos, "return_scores": return_scores, **sampling}
+            return model.generate(inputs, max_new_tokens, stop=stop, **more)
         if self.family.prompt is None:
             raise UserError(f"a {self.family.model_types[0]} generates nothing")
         start = self.generation.get("decoder_start_token_id")
@@ -109,11 +122,12 @@ class Model:
         *,
         stop: Sequence[str] = (),
         task: int = 0,
+        adapters: Choice | None = None,
         **sampling: Any,
     ) -> str:
         """The answer to a conversation in Hugging Face messages; an image part has a `path` or the `image` itself. It ends before
-        the first of the strings `stop`. `task`: of multi-task prompts, the one it is of."""
-        return self.answers([messages], max_new_tokens, stop=stop, task=task, **sampling)[0]
+        the first of the strings `stop`. `task`: of multi-task prompts, the one it is of; `adapters` as in `with_adapters`."""
+        return self.answers([messages], max_new_tokens, stop=stop, task=task, adapters=adapters, **sampling)[0]
 
     def answers(
         self,
@@ -122,9 +136,12 @@ class Model:
         *,
         stop: Sequence[str] = (),
         task: int = 0,
+        adapters: Choice | None = None,
         **sampling: Any,
     ) -> list[str]:
-        """The answers to several conversations, generated together."""
+        """The answers to several conversations, generated together; `adapters` as in `with_adapters`, also one choice for each."""
+        if adapters is not None:
+            return self.with_adapters(adapters).answers(conversations, max_new_tokens, stop=stop, task=task, **sampling)
         samples = [Sample(f"conversation {i}", validated(list(c)), task=task) for i, c in enumerate(conversations)]
         examples = [self.prompt(sample) for sample in samples]
         batch = self.collate([[example] for example in examples])
@@ -330,6 +347,37 @@ class Model:
         params, config = new_rows.add(self.params, self.config, range(now, size))
         params, config = new_rows.merge(params, config)
         return dataclasses.replace(self, params=params, config=config)
+
+    def with_adapters(self, adapters: Choice) -> Model:
+        """The model with these of its adapters acting (see mmjax.active_adapters): a name, several, {name: weight}, or a list of such,
+        one for each row of the calls to come; [] = none of them. A model acts with all of its adapters, each in full.
+
+        A weight w goes from nothing (0) to the adapter (1) and beyond: LoRA and DoRA add w times their change; factors, biases and
+        norms are that far on the way. Raises UserError for a name that the model does not have.
+        """
+        params, config = active_adapters.choose(self.params, self.config, adapters)
+        return dataclasses.replace(self, params=params, config=config)
+
+    def add_adapter(self, path: str | Path, name: str) -> Model:
+        """The model with the adapter of one more peft directory, under a name of its own."""
+        from mmjax.checkpoints import peft
+        from mmjax.loading import with_adapter
+
+        if name in (known := [adapter.name for adapter in self.config.adapters]):
+            raise UserError(f"this model has an adapter {name!r} already, among {', '.join(known)}")
+        return with_adapter(self, peft.read(path, name))
+
+    def merge(self) -> Model:
+        """The model with its acting adapters in its weights, for speed; prompts, prefixes and plugs stay beside them. It keeps what it
+        was made of, so that `unmerge` gives that back bit by bit: the kernels that were changed are held twice."""
+        params, config = beside.merge(self.params, self.config)
+        return dataclasses.replace(self, params=params, config=config, unmerged=self)
+
+    def unmerge(self) -> Model:
+        """The model that `merge` made this one of."""
+        if self.unmerged is None:
+            raise UserError("this model was not merged here: load its base and its adapters instead")
+        return self.unmerged
 
     def save_pretrained(
         self, path: str | Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True

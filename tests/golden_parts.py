@@ -266,6 +266,19 @@ def _turns(config: Arrays) -> list[list[str]]:
     return [[question, answer + end] for question, answer in zip(asked, samples["answer"])]
 
 
+def beside_weights(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """An adapter in peft's layout: the model with it, under it, and with it merged; what is generated goes on from the first row."""
+    model = mmjax.load(directory)
+    found: Arrays = dict(model(inputs))
+    found["base_logits"] = model(inputs, adapters=[])["logits"]
+    if "merged_logits" in wanted:
+        found["merged_logits"] = model.merge()(inputs)["logits"]
+    if "generated_ids" in wanted:
+        real = inputs.get("attention_mask", np.ones_like(inputs["input_ids"]))[0] != 0
+        found["generated_ids"] = model.generate({"input_ids": inputs["input_ids"][:1, real]}, max_new_tokens=16, ignore_eos=True)
+    return found
+
+
 def in_front(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
     """A prompt or prefix in peft's layout over its base; what is generated goes on from the first row."""
     model, base = mmjax.load(directory), mmjax.load(directory / config["base_dir"])
@@ -297,5 +310,6 @@ PARTS = {
     "otter_perceiver": flamingo_perceiver,
     "peft_bottleneck_adapter": adapted,
     "vila_projector": vila_projector,
+    **dict.fromkeys(("peft_lora", "peft_rslora", "peft_dora", "peft_ia3", "peft_ln_tuning"), beside_weights),
     **dict.fromkeys(("peft_prompt_tuning", "peft_p_tuning", "peft_prefix_tuning", "peft_multitask_prompt_tuning"), in_front),
 }
