@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -117,5 +118,5 @@ def _append(file, id: str, text: str | BadSample) -> None:
     file.flush()
 
 
-def _sampling(settings: config.Generate) -> dict[str, float]:
+def _sampling(settings: config.Generate) -> dict[str, Any]:
     return {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}

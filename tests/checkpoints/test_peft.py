@@ -77,13 +77,13 @@ def test_merged_on_export(adapted, tmp_path):
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"use_dora": True}, "use_dora = True"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-        ({"layers_to_transform": [1]}, "layers_to_transform"),
-        ({"bias": "all"}, "bias = 'all'"),
+        ({"use_qalora": True}, "use_qalora = True .QA-LoRA"),
+        ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
+        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"bias": "some"}, "bias = 'some'"),
         ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "BOFT"}, "peft_type = 'BOFT' is not supported; supported are LORA, IA3"),
     ],
 )
 def test_fields_that_change_the_result_are_errors(adapted, tmp_path, fields, named):
@@ -101,5 +101,5 @@ def test_tensors_that_fit_nothing_are_listed(adapted, tmp_path):
         {**tensors, "base_model.model.nowhere.lora_A.weight": torch.zeros(3, 2)}, tmp_path / "adapter_model.safetensors"
     )
     (tmp_path / "adapter_config.json").write_text((adapted[1] / "adapter_config.json").read_text())
-    with pytest.raises(UserError, match="fit no linear layer of its base: base_model.model.nowhere"):
+    with pytest.raises(UserError, match=r"that fit nothing in its base \(1\): base_model.model.nowhere"):
         mmjax.load(tmp_path)

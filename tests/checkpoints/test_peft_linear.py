@@ -12,6 +12,7 @@ import pytest
 
 import mmjax
 from mmjax import tree
+from mmjax.errors import UserError
 from mmjax.export import save_adapters
 from mmjax.models import adapters
 
@@ -131,3 +132,52 @@ def test_both_ways(case, bases, tmp_path):
     loaded = peft.PeftModel.from_pretrained(bases(name)[0], tmp_path / "ours").eval()
     assert apart(theirs(loaded), ours(onward)) < 2e-5
     assert apart(ours(mmjax.load(tmp_path / "ours")), ours(onward)) < 2e-5
+
+
+@pytest.fixture(scope="module")
+def adapted(bases, tmp_path_factory):
+    """A LoRA directory over the Llama, and the logits of peft's model."""
+    path = tmp_path_factory.mktemp("adapter")
+    model, base = bases("llama")
+    return path, theirs(written_by_peft(model, peft.LoraConfig, {**LORA, "target_modules": ["q_proj", "up_proj"]}, base, path))
+
+
+def rewritten(source, path, change):
+    """The directory with other tensors."""
+    from safetensors.torch import load_file, save_file
+
+    (path / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+    save_file(change(load_file(source / "adapter_model.safetensors")), path / "adapter_model.safetensors")
+    return path
+
+
+@pytest.mark.parametrize(
+    "before, after",
+    [("model.layers.", "layers."), ("model.layers.", "model.model.layers."), ("base_model.model.model.", "base_model.model.model.model.")],
+    ids=["of a class without the head", "doubled", "wrapped"],
+)
+def test_other_names_are_recognised(adapted, tmp_path, before, after):
+    """Adapters made on LlamaModel lack `model.`; some tools write it twice (peft's issue 1579)."""
+    changed = rewritten(adapted[0], tmp_path, lambda tensors: {name.replace(before, after, 1): t for name, t in tensors.items()})
+    assert apart(ours(mmjax.load(changed)), adapted[1]) < 2e-5
+
+
+def test_pickled_tensors_are_read(adapted, tmp_path):
+    from safetensors.torch import load_file
+
+    (tmp_path / "adapter_config.json").write_text((adapted[0] / "adapter_config.json").read_text())
+    torch.save(load_file(adapted[0] / "adapter_model.safetensors"), tmp_path / "adapter_model.bin")
+    assert apart(ours(mmjax.load(tmp_path)), adapted[1]) < 2e-5
+
+
+def test_missing_and_other_tensors_are_errors(adapted, tmp_path):
+    gone = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
+    changed = rewritten(adapted[0], tmp_path, lambda tensors: {name: t for name, t in tensors.items() if name != gone})
+    with pytest.raises(UserError, match=rf"missing \(1\): {gone}"):
+        mmjax.load(changed)
+    changed = rewritten(adapted[0], tmp_path, lambda tensors: {n: t for n, t in tensors.items() if "layers.2.mlp" not in n})
+    with pytest.raises(UserError, match=r"missing \(2\): .*layers.2.mlp.up_proj.lora_A.weight"):
+        mmjax.load(changed)
+    changed = rewritten(adapted[0], tmp_path, lambda tensors: {name: t[:2] if "lora_A" in name else t for name, t in tensors.items()})
+    with pytest.raises(UserError, match="of rank 2, the config asks for 3"):
+        mmjax.load(changed)

@@ -118,7 +118,7 @@ def _read(directory: Directory, base: Base) -> tuple[LoraConfig, Params]:
         rank_pattern=_pattern(base, ranks, int(fields["r"])),
         alpha_pattern=_pattern(base, alphas, float(fields["lora_alpha"])),
         dora=dora,
-        bias=bias,
+        bias=bias,  # type: ignore[arg-type]
         lora_bias=lora_bias,
         whole=tuple(path for path in whole if not (bias == "all" and path.endswith("/bias"))),
         token_ids=tuple(next(iter(rows.values())) if isinstance(rows, dict) else rows),

@@ -149,14 +149,15 @@ def _whole(base: Base) -> dict[str, tuple[Rule, tuple[int, ...]]]:
 
 
 def _copies(base: Base, rule: Rule, at: tuple[int, ...], tensor: Stored) -> Values:
-    flat, made, start = tree.flatten(base.params), {}, 0
+    flat, start = tree.flatten(base.params), 0
+    made: Values = {}
     for path in rule.paths:
         shape = flat[path].shape[rule.stacked :] if path in flat else flat[_EMBEDDING].shape[::-1]
         foreign = rule.form.shape(tuple(shape))
         stop = start + (foreign[rule.axis] // rule.groups if foreign else 1)
         piece = Piece(tensor.name, rule, start, stop, foreign)
         site, _, name = path.rpartition("/")
-        made[site, at[0] if at else None, name] = lambda piece=piece: rule.form.ours(piece.cut(tensor.read()))
+        made[site, at[0] if at else None, name] = lambda piece=piece: rule.form.ours(piece.cut(tensor.read()))  # type: ignore[misc]
         start = stop
     return made
 

@@ -72,7 +72,7 @@ def _write_ia3(params: Params, config: Ia3Config, base: Base, dtype: Any) -> tup
         adapted.append(module)
         if "ia3_input" in present[0]:
             first = present[0]["ia3_input"]
-            if len(present) < len(parts) or not all(np.array_equal(part.get("ia3_input"), first) for part in present):
+            if len(present) < len(parts) or not all("ia3_input" in part and np.array_equal(part["ia3_input"], first) for part in present):
                 raise UserError(f"adapter {config.name!r}: {module.name} is one module in the published layout, and reads one input")
             feeds.append(module)
             made.append(tensor(f"{module.name}.ia3_l", first[None], dtype))
