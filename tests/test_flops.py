@@ -11,7 +11,7 @@ from mmjax.models import multimodal
 from mmjax.models.block_config import BlockConfig, Rope
 from mmjax.models.config import DecoderConfig, ModelConfig, RelativeBias
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, MobileNetV2Config, ViTConfig
-from mmjax.models.tuning_config import LoraConfig
+from mmjax.models.tuning_config import LoraConfig, PrefixConfig, PTuningConfig
 from mmjax.training.trainable import select
 
 VICUNA = DecoderConfig(
@@ -161,3 +161,17 @@ def test_an_encoder_decoder():
     top = cost(ModelConfig(llm=t5), "llm/layers[5:6]/mlp/**")
     assert top.per_source["llm encoder"] == counted.per_source["llm encoder"] / 3
     assert top.per_source_pair == counted.per_source_pair / 3
+
+
+def test_prompts_and_prefixes():
+    """Gradients pass through all of the language model, which stays frozen; a prefix is read by every position in every layer."""
+    prompted = dataclasses.replace(LLAVA, adapters=(PTuningConfig("x", 20, encoder="lstm", encoder_width=8),))
+    prefixed = dataclasses.replace(LLAVA, adapters=(PrefixConfig("x", 20),))
+    projected = dataclasses.replace(LLAVA, adapters=(PrefixConfig("x", 20, projected=True, encoder_width=8),))
+    kernels = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    for config, trained in ((prompted, "llm/prompts/x/**"), (prefixed, "llm/plugs/x/**"), (projected, "llm/prompts/x/**")):
+        counted = cost(config, trained)
+        assert counted.per_token["llm"] == 4 * kernels
+        assert counted.per_pair[0] == 3 * 32 * 4 * 4096
+        assert counted.per_token.get("llm attention", 0) == (0 if config is prompted else 20 * 3 * 32 * 4 * 4096)
+        assert counted.per_tile["connector"] == 2 * 576 * (1024 * 4096 + 4096**2)

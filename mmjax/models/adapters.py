@@ -121,6 +121,7 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
 
 def _in_front(key: jax.Array, adapter: prompts.Prompt | PrefixConfig, config: ModelConfig) -> Leaves:
     """Fresh leaves, by path, of what stands in front of the text."""
+    prompts.require_writer(config)
     if isinstance(adapter, PrefixConfig):
         return prefix.init(key, adapter, config.language)
     return tree.flatten(prompts.init(key, adapter, config.language.input_width), prompts.path(adapter.name) + "/")

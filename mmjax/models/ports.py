@@ -76,9 +76,9 @@ def rows_for(plug: Plug, leaves: Params, residue: int, period: int, groups: int)
 
 def extras(params: Params, plugs: Sequence[Plug], period: int, layers: int) -> tuple[dict[str, Any], ...]:
     """For each layer of the period: the rows of the plugs that sit there, one for each group. `params` has the leaves at plugs/NAME."""
-    groups = -(-layers // period)
     found = []
     for residue in range(period):
+        groups = len(range(residue, layers, period))  # the last one may not have this residue
         rows = {plug.name: rows_for(plug, params["plugs"][plug.name], residue, period, groups) for plug in plugs}
         found.append({name: row for name, row in rows.items() if row is not None})
     return tuple(found)

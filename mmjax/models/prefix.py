@@ -1,7 +1,7 @@
 """Prefix tuning (arXiv 2101.00190): learned keys and values in front of what every layer attends to.
 
-They are not turned by rotary embeddings and are seen from everywhere, also beyond a sliding window; of packed samples each sees them
-all. The text stands behind them: a sample's positions begin at their number, and biases by distance (ALiBi, T5's) see them there. Of
+They are not turned by rotary embeddings and are seen from everywhere, also beyond a sliding window (in peft they stand in the cache, and
+fall out of a window that is shorter than prefix and text); of packed samples each sees them all. The text stands behind them: a sample's positions begin at their number, and biases by distance (ALiBi, T5's) see them there. Of
 an encoder-decoder, whose encoder has none, they stand in the decoder's attention to itself.
 
 Leaves stand at llm/plugs/NAME, keys and values [layers, tokens, kv_heads * head_dim]. With `projected`, an MLP makes them of fewer

@@ -43,6 +43,12 @@ def tasks(config: ModelConfig) -> int:
     return min((prompt.tasks for prompt in of(config) if isinstance(prompt, MultitaskPromptConfig)), default=0)
 
 
+def require_writer(config: ModelConfig) -> None:
+    """Raises UserError where there is no language model whose text a prompt or a prefix could stand in front of."""
+    if config.llm is None or not config.llm.causal:
+        raise UserError("prompts and prefixes stand in front of what a language model goes on from; this model writes nothing")
+
+
 def path(name: str) -> str:
     """Where the leaves of a prompt stand, and those that make a prefix."""
     return f"llm/prompts/{name}"

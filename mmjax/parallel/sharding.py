@@ -30,6 +30,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**/layers/**/experts_down/kernel", ("expert", "tensor", "fsdp")),
     ("llm/**/{pooler,transform}/kernel", ("fsdp", "tensor")),
     ("connector/**/kernel", ("fsdp", None)),
+    ("llm/prompts/**/kernel", ("fsdp", None)),
     ("**", ()),
 )
 

@@ -26,7 +26,7 @@ TUNED = (
     PrefixConfig("made", 2, projected=True, encoder_width=6),
     PrefixConfig("held", 3),
 )
-CONFIG = tiny.model_config(2, adapters=TUNED)
+CONFIG = tiny.model_config(3, windows=(0, 6), adapters=TUNED)  # the pattern of windows ends in its middle
 VIRTUAL = 7
 
 

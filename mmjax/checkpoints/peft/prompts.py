@@ -32,6 +32,16 @@ _SHAPES = "num_virtual_tokens token_dim num_transformer_submodules num_attention
 _START = "prompt_tuning_init prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs".split()
 
 
+def _reading(read: Callable[[Directory, Base], tuple[Adapter, Params]]) -> Callable[[Directory, Base], tuple[Adapter, Params]]:
+    """`read` over bases that have a text to stand in front of."""
+
+    def checked(directory: Directory, base: Base) -> tuple[Adapter, Params]:
+        prompts.require_writer(base.config)
+        return read(directory, base)
+
+    return checked
+
+
 def _read_prompt(directory: Directory, base: Base) -> tuple[Adapter, Params]:
     config = PromptConfig(directory.name, _tokens(directory), peft=_kept(directory))
     return config, _leaves(directory, base, config)
@@ -218,7 +228,7 @@ def _method(
         known=frozenset([*_SHAPES, *fields]),
         refused={"modules_to_save": "modules that are trained whole beside it"},
         problems=problems,
-        read=read,
+        read=_reading(read),
         writes=lambda adapter: isinstance(adapter, kind),
         write=write,
     )
