@@ -23,10 +23,11 @@ from mmjax.families import composed, parts
 from mmjax.families.family import Config, Family
 from mmjax.loading import load, load_connector
 from mmjax.model import Model
-from mmjax.models import adapters, multimodal, new_rows, prompts, tuning_config
+from mmjax.models import adapters, multimodal, new_rows, prompts, quantised, tuning_config
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, Stitching, ViTConfig
+from mmjax.models.quantised import Quantisation
 from mmjax.models.tuning_config import Adapter
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
@@ -70,6 +71,7 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     bases: dict[str, str] = {}
     for part, source in (("llm", language), ("vision", vision)):
         if isinstance(source, Published):
+            source = published.quantised_as(source, config.quantisation)
             loaded.append(published.load_part(source, part, dtype=section.dtype, shardings=places))
             bases[getattr(section, part).path] = published.fingerprint(source.directory)
     if config.connector is not None and config.connector.kind == "qformer":
@@ -153,7 +155,8 @@ def load_workdir(workdir: Path, dtype: str, *, template: str = "", shardings: Pa
     if checkpoint is not None:
         check_bases(checkpoint, model.bases)
         params = overlay(params, checkpoint, shardings)
-    params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(dtype), params)
+    flat = {path: leaf if quantised.is_part(path) else jnp.asarray(leaf).astype(dtype) for path, leaf in tree.flatten(params).items()}
+    params = tree.unflatten(flat)
     chosen = templates.get(template, model.tokenizer) if template else model.template
     return dataclasses.replace(model, params=params, run=Execution(dtype=dtype, mesh=mesh_of(params)), template=chosen)  # type: ignore[arg-type]
 
@@ -294,6 +297,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     config = dataclasses.replace(
         tower,
         llm=language.llm,
+        quantisation=language.quantisation,
         text=None,
         logit_bias=False,
         connector=connector,
@@ -332,6 +336,7 @@ def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, 
             image_mean=own.mean if own else source.config.image_mean,
             image_std=own.std if own else source.config.image_std,
             image_aspect=source.config.image_aspect,
+            quantisation=source.config.quantisation if name == "llm" else None,
         )
         foreign = source.family.sections(source.foreign)[name] or source.foreign
         family = (parts.language if name == "llm" else parts.vision)(
@@ -381,7 +386,18 @@ def _source(part: Part, key: str, weights: bool = False) -> Published | Config |
 
 def _with_adapters_and_mask(config: ModelConfig, section: recipes.Model) -> ModelConfig:
     added = tuple(_adapter(name, adapter) for name, adapter in section.adapters.items())
-    return dataclasses.replace(config, adapters=config.adapters + added, mask=section.mask or config.mask)
+    quantisation = _quantisation(section.quantise, config)
+    return dataclasses.replace(config, adapters=config.adapters + added, mask=section.mask or config.mask, quantisation=quantisation)
+
+
+def _quantisation(section: recipes.Quantise, config: ModelConfig) -> Quantisation | None:
+    """How the recipe, or else its base, holds frozen kernels."""
+    if not section.format:
+        return config.quantisation
+    spec = Quantisation(section.format, tuple(section.targets), section.double, section.block or quantised.NAMED[section.format].block)
+    if config.quantisation not in (None, spec):
+        raise UserError(f"model.quantise.format: the base is held in {config.quantisation.format} already; leave it out")  # type: ignore[union-attr]
+    return spec
 
 
 def _adapter(name: str, section: recipes.Adapter) -> Adapter:
@@ -443,7 +459,8 @@ def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
     """A whole model that exists already, with the recipe's template, tokens and adapters; it is the base as a whole."""
     section = recipe.model
     places = shardings(multimodal.shapes(model_config(recipe))) if shardings else None
-    base = load(section.path, section.dtype, shardings=places)
+    spec = model_config(recipe).quantisation
+    base = load(section.path, section.dtype, shardings=places, quantise=spec or "")
     config = _with_adapters_and_mask(base.config, section)
     drawn = adapters.add(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
     own = frozenset(tree.flatten(drawn)) - frozenset(tree.flatten(base.params))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmjax import tree
 from mmjax.config import Part, Recipe, Source, Stage
 from mmjax.errors import UserError
 from mmjax.model import Model
+from mmjax.models import quantised
 from mmjax.models.adapters import leaves_of
 from mmjax.published import locate
 
@@ -79,9 +81,9 @@ def _figures(figures: dict[str, Any]) -> str:
 def _parameters(model: Model) -> dict[str, int]:
     counts: dict[str, int] = {}
     own = tree.flatten(leaves_of(model.params, [adapter.name for adapter in model.config.adapters]))
-    for path, leaf in tree.flatten(model.params).items():
+    for path, leaf in tree.flatten(quantised.dense_shapes(model.params)).items():
         part = "adapters" if path in own else path.split("/")[0]
-        counts[part] = counts.get(part, 0) + leaf.size
+        counts[part] = counts.get(part, 0) + math.prod(leaf.shape)
     return counts
 
 

@@ -238,6 +238,24 @@ class Adapter:
 
 
 @dataclasses.dataclass
+class Quantise:
+    """How frozen kernels are held: quantised while they are read, made dense layer by layer when they are used. What is trained stays in
+    Stage.param_dtype.
+
+    format    "nf4" (QLoRA), "int4" (groups with a scale and a zero), "int8" (a scale for each output); "" = dense, or as a base that
+              is published quantised (AWQ) has them
+    targets   globs over Linear paths (a path ends before `/kernel`) of stacked blocks, plugs and llm/head
+    double    of nf4: double quantisation, of the maxima of blocks
+    block     inputs that share a maximum (nf4), or a scale and a zero (int4); 0 = the format's own, 64 and 128
+    """
+
+    format: Literal["", "int8", "nf4", "int4"] = ""
+    targets: tuple[str, ...] = ("llm/layers/**",)
+    double: bool = True
+    block: int = 0
+
+
+@dataclasses.dataclass
 class Tokenizer:
     """path   a directory with tokenizer files; "" = the LLM's own directory, or, where the LLM is fresh, one trained on
               the text of the recipe's own sources and kept in the workdir
@@ -294,6 +312,7 @@ class Model:
     new_tokens: tuple[str, ...] = ()
     new_rows_start: Literal["mean", "normal"] = "mean"
     adapters: dict[str, Adapter] = dataclasses.field(default_factory=dict)
+    quantise: Quantise = dataclasses.field(default_factory=Quantise)
     dtype: DType = "float32"
 
 
@@ -499,11 +518,13 @@ class Generate:
 
 @dataclasses.dataclass
 class Export:
-    """For --job=export: path "" = WORKDIR/export. format "hf" (llava layout), "original" (LLaVA's), "peft" (adapters alone)."""
+    """For --job=export: path "" = WORKDIR/export. format "hf" (llava layout), "original" (LLaVA's), "peft" (adapters alone). `dequantise`: a
+    quantised base is made dense first, so that adapters can be merged into it."""
 
     path: str = ""
     format: Literal["hf", "original", "peft"] = "hf"
     merge_adapters: bool = True
+    dequantise: bool = False
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""  # "" = as held
     after_training: bool = False
 

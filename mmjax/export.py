@@ -20,7 +20,7 @@ from mmjax.families import composed, idefics, internvl, keys, llava, llava_llama
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
-from mmjax.models import adapters, new_rows, prompts, vit
+from mmjax.models import adapters, new_rows, prompts, quantised, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.models.tuning_config import BottleneckConfig, PrefixConfig
@@ -68,6 +68,13 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
         raise UserError(
             f"{', '.join(unmerged)}: prompts and prefixes stand in front of the text, and no weights can hold them. Write them by "
             "themselves, in peft's layout: --config.export.format=peft, or mmjax.export.save_adapters"
+        )
+    if model.config.quantisation is not None:
+        raise UserError(
+            f"this model's kernels are held in {model.config.quantisation.format}, which no layout written here holds"
+            + (f", and its adapters ({', '.join(_names(model))}) cannot be merged into them" if _names(model) else "")
+            + ". Dequantise first (model.dequantised(), export.dequantise in a recipe)"
+            + (", or write the adapters alone (export.format 'peft')" if _names(model) else "")
         )
     family, foreign = _target(model, layout)
     if not (family.keeps_rows and _only_beyond(model.config)):
@@ -122,7 +129,8 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
         )
     adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
     family, foreign = _target(model, "")
-    under = peft.Base(model.config, family, foreign, model.params)
+    plain = dataclasses.replace(model.config, quantisation=None)
+    under = peft.Base(plain, family, foreign, quantised.dense_shapes(model.params))
     if isinstance(adapter, BottleneckConfig):
         adapterhub.write(model.params, adapter, under, path, base_name=base or next(iter(model.bases), ""), dtype=dtype or None)
         return

@@ -93,7 +93,8 @@ def training_flops(
 ) -> Flops:
     """What a training step of `config` costs when the leaves of `selection` are trained; `beside`: tokens of text that a Q-Former reads
     beside a tile."""
-    shapes = {path: leaf.shape for path, leaf in tree.flatten(multimodal.shapes(config)).items()}
+    dense = dataclasses.replace(config, quantisation=None)
+    shapes = {path: leaf.shape for path, leaf in tree.flatten(multimodal.shapes(dense)).items()}
     trained = _trained(shapes, selection)
     first = min((_place(path, layer, config) for path, layer in trained), default=(math.inf, 0.0))
     in_text = _first_in_text(trained, config)

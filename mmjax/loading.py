@@ -13,9 +13,10 @@ from mmjax.data.templates import Template
 from mmjax.errors import UserError
 from mmjax.families import keys, llava_llama, minigpt4
 from mmjax.model import Model
-from mmjax.models import connectors, multimodal
+from mmjax.models import connectors, multimodal, quantised
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
+from mmjax.models.quantised import Quantisation
 from mmjax.models.tuning_config import Adapter
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import (
@@ -40,6 +41,7 @@ def load(
     template: str = "",
     shardings: Params | None = None,
     check_finite: bool = True,
+    quantise: str | Quantisation = "",
 ) -> Model:
     """The model in a directory: a Hugging Face one, one in an original layout, an adapter of PEFT's or AdapterHub's over its base, or an mmjax workdir;
     or a repository, OWNER/NAME or OWNER/NAME@REVISION, that is in the local Hugging Face cache. What it is, its config.json says.
@@ -47,39 +49,46 @@ def load(
     dtype         of weights and activations
     template      a chat template's name; "" = the tokenizer's own, else LLaVA-1.5's where it fits
     shardings     where each leaf goes (a tree like the parameters); none = the default device
+    quantise      in what the Linears of the LLM's blocks are held, quantised while they are read: "int8", "nf4", "int4", or what a
+                  Quantisation says; "" = as the directory has them
     check_finite  refuse published weights with NaN or infinity (it takes a few per cent of the time of reading them)
     Raises UserError listing every weight that is missing, unexpected or of another shape; nothing is ever left
     random.
     """
     directory = locate(str(path))
+    spec = quantised.named(quantise) if isinstance(quantise, str) else quantise
     if (directory / "recipe.json").is_file():
         from mmjax.assembly import load_workdir
 
-        return load_workdir(directory, dtype, template=template, shardings=shardings)
+        model = load_workdir(directory, dtype, template=template, shardings=shardings)
+        return model.quantised(spec) if spec is not None else model
     reading: dict[str, Any] = {"dtype": dtype, "shardings": shardings, "check_finite": check_finite}
+    asked: dict[str, Any] = {**reading, "quantise": quantise, "template": template}
     has_config = (directory / "config.json").is_file()
     adapter_config = directory / "adapter_config.json"
     if has_config and "adapter_dir" in (index := read_json(directory / "config.json")):
         beside = directory / index["adapter_dir"]
         if adapterhub.is_one(read_json(beside / "adapter_config.json")):
-            return with_bottleneck(load(directory / index["base_dir"], template=template, **reading), beside)
-        return load(beside, template=template, **reading)
+            return with_bottleneck(load(directory / index["base_dir"], **asked), beside)
+        return load(beside, **asked)
     if adapter_config.is_file() and adapterhub.is_one(fields := read_json(adapter_config)):
-        return with_bottleneck(load(locate(adapterhub.base_name(fields), directory), template=template, **reading), directory)
+        return with_bottleneck(load(locate(adapterhub.base_name(fields), directory), **asked), directory)
     if adapter_config.is_file():
         adapter = peft.read(directory)
         if not has_config:
-            return with_adapter(load(locate(adapter.base, directory), template=template, **reading), adapter)
+            return with_adapter(load(locate(adapter.base, directory), **asked), adapter)
         # LLaVA's LoRA directories: the whole model's config, the projector beside the adapter, the rest elsewhere.
-        source = open_published(directory)
+        source = published.quantised_as(open_published(directory), spec)
         model = from_published(source, _from_parts(source, adapter.base, reading), dtype, template)
         return with_adapter(model, adapter)
     if not has_config:
         raise UserError(
             f"{directory} has no config.json (nor adapter_config.json, nor an mmjax run's recipe.json). {hub.remedy(directory)}"
         )
-    source = open_published(directory)
-    if source.family is llava_llama.FAMILY and not any((directory / name).is_file() for name in weights.NAMES):
+    source = published.quantised_as(open_published(directory), spec)
+    if spec is not None:
+        quantised.require(published.dense_shapes(source.config), spec)
+    if source.family is llava_llama.FAMILY and not weights.files(directory):
         base_name = source.foreign.get("_name_or_path", "")
         return from_published(source, _from_parts(source, base_name, reading), dtype, template)
     return from_published(source, published.load_leaves(source, **reading), dtype, template)
@@ -145,12 +154,18 @@ def chosen_template(tokenizer: Any, directory: Path, name: str = "") -> Template
 
 def with_adapter(model: Model, directory: peft.Directory) -> Model:
     """The model with a PEFT adapter beside its weights."""
-    return _with_leaves(model, *peft.leaves(directory, peft.Base(model.config, model.family, model.foreign, model.params)))
+    return _with_leaves(model, *peft.leaves(directory, _under(model)))
 
 
 def with_bottleneck(model: Model, directory: Path) -> Model:
     """The model with an adapter of AdapterHub's in its blocks."""
-    return _with_leaves(model, *adapterhub.read(directory, peft.Base(model.config, model.family, model.foreign, model.params)))
+    return _with_leaves(model, *adapterhub.read(directory, _under(model)))
+
+
+def _under(model: Model) -> peft.Base:
+    """The model as an adapter's files know it: with the shapes of dense kernels."""
+    plain = dataclasses.replace(model.config, quantisation=None)
+    return peft.Base(plain, model.family, model.foreign, quantised.dense_shapes(model.params))
 
 
 def _with_leaves(model: Model, adapter: Adapter, leaves: Params) -> Model:
@@ -207,7 +222,8 @@ def _from_parts(source: Published, base: str, reading: dict[str, Any]) -> Params
     towers = source.family.external(source.foreign)
     if "vision" not in towers:
         raise UserError(f"{where}/config.json does not name its vision tower (mm_vision_tower)")
-    llm, vision = open_published(locate(base, where)), open_published(locate(towers["vision"], where))
+    places = locate(base, where), locate(towers["vision"], where)
+    llm, vision = (published.quantised_as(open_published(place), source.config.quantisation) for place in places)
     if llm.config.llm != source.config.llm:
         raise UserError(f"{where}: its language model is {source.config.llm}, that of {base} is {llm.config.llm}")
     assert source.config.connector is not None

@@ -27,8 +27,9 @@ from mmjax.inference.generate import generate as generate_tokens
 from mmjax.inference.sampling import Sampling, from_file
 from mmjax.inference.stopping import before_stop, stopper
 from mmjax.models import adapters as beside
-from mmjax.models import new_rows, prompts
+from mmjax.models import new_rows, prompts, quantised
 from mmjax.models.config import Execution, ModelConfig
+from mmjax.models.quantised import Quantisation
 from mmjax.tree import Params
 
 if TYPE_CHECKING:
@@ -324,6 +325,8 @@ class Model:
             missing = "tokenizer" if self.config.llm else "language model"
             raise UserError(f"tokens cannot be added: this model has no {missing}")
         tokenizer, lacked, had = vocabulary.with_tokens(self.tokenizer, tokens)
+        if quantised.is_part(next((path for path in tree.flatten(self.params) if path.startswith("llm/head/kernel")), "")):
+            raise UserError("tokens cannot be added: the head is quantised. Leave llm/head out of what is quantised")
         size = self.config.llm.vocab_size
         fresh = [*lacked, *(id for id in had if id >= size)]
         try:
@@ -378,6 +381,19 @@ class Model:
         if self.unmerged is None:
             raise UserError("this model was not merged here: load its base and its adapters instead")
         return self.unmerged
+
+    def quantised(self, spec: Quantisation) -> Model:
+        """The model with frozen kernels in few bits. Raises UserError where some are already."""
+        if self.config.quantisation is not None:
+            raise UserError(f"this model is held in {self.config.quantisation.format} already")
+        return dataclasses.replace(
+            self, params=quantised.converted(self.params, spec), config=dataclasses.replace(self.config, quantisation=spec)
+        )
+
+    def dequantised(self) -> Model:
+        """The model with dense kernels, in its run's dtype: what its quantised ones stand for."""
+        config = dataclasses.replace(self.config, quantisation=None)
+        return dataclasses.replace(self, params=quantised.dequantised(self.params, self.run.dtype), config=config)
 
     def save_pretrained(
         self, path: str | Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True

@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import hub, tree
-from mmjax.checkpoints import weights
+from mmjax.checkpoints import awq, weights
 from mmjax.checkpoints.safetensors import Stored
 from mmjax.data.images import ImageProcessor
 from mmjax.errors import UserError
 from mmjax.families import find, keys
 from mmjax.families.family import Config, Family
 from mmjax.families.keys import Rule
-from mmjax.models import multimodal
+from mmjax.models import multimodal, quantised
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
+from mmjax.models.quantised import Quantisation
 from mmjax.preprocessing import has_tokenizer, read_image_processor, read_tokenizer
 from mmjax.tree import Params
 
@@ -70,9 +71,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def open_published(directory: Path) -> Published:
     """What the directory's config.json says; no weights are read, at most their names."""
     where = str(directory / "config.json")
-    foreign = read_json(directory / "config.json")
+    written = read_json(directory / "config.json")
+    foreign = awq.without_method(written, where)
     family = find(foreign, where)
-    if family.complete is not None and any((directory / name).is_file() for name in weights.NAMES):
+    if family.complete is not None and weights.files(directory):
         foreign = family.complete(foreign, _tensors(directory, family, foreign))
     foreign = {**foreign, **_token_ids(directory, family, foreign)}
     for part, name in family.external(foreign).items():
@@ -82,7 +84,44 @@ def open_published(directory: Path) -> Published:
             other = open_published(locate(name, directory)).foreign
             foreign = {**foreign, key: other.get(key, other)}
     read = Published(directory, foreign, family, family.read_config(foreign, where))
-    return dataclasses.replace(read, config=_as_prepared(read.places, read.config))
+    config = _as_prepared(read.places, read.config)
+    found = [file for place in (directory, *read.places) if place.is_dir() for file in weights.files(place)]
+    packed = bool(found) and ("quantization_config" in written or any(f.suffix == ".pt" for f in found))
+    return dataclasses.replace(read, config=dataclasses.replace(config, quantisation=_packed(read) if packed else None))
+
+
+def quantised_as(source: Published, spec: Quantisation | None) -> Published:
+    """The directory, to be read so quantised. Raises UserError where its weights are quantised already."""
+    if spec is None:
+        return source
+    if (held := source.config.quantisation) is not None and held != spec:
+        raise UserError(f"{source.directory} holds its weights in {held.format} already: they cannot be quantised again")
+    return dataclasses.replace(source, config=dataclasses.replace(source.config, quantisation=spec))
+
+
+def _packed(source: Published) -> Quantisation | None:
+    """How the directory's own files hold kernels in few bits; None where they do not."""
+    stored = _stored(source)
+    if not any(isinstance(tensor, awq.Packed) for tensor in stored.values()):
+        return None
+    shapes, targets, groups = dense_shapes(source.config), [], set()
+    for r in source.family.rules(source.config, source.foreign):
+        held = [stored.get(name) for name in keys.names(r, shapes)]
+        packed = [tensor for tensor in held if isinstance(tensor, awq.Packed)]
+        kernels = [path for path in r.paths if quantised.may_be_quantised(path)]
+        if packed and len(packed) < len(held):
+            raise UserError(f"{source.directory}: {r.name} is packed in {len(packed)} of {len(held)} layers, which is not supported")
+        if packed and kernels:
+            targets += [path.removesuffix("/kernel") for path in kernels]
+            groups |= {tensor.group for tensor in packed}
+    if len(groups) > 1:
+        raise UserError(f"{source.directory}: its weights are in groups of {sorted(groups)}; one size for all is supported")
+    return Quantisation("int4", tuple(targets), block=groups.pop()) if groups else None
+
+
+def dense_shapes(config: ModelConfig) -> Params:
+    """The shapes of the parameters as files hold them: nothing quantised."""
+    return multimodal.shapes(dataclasses.replace(config, quantisation=None))
 
 
 def own_image_processor(places: list[Path], config: ModelConfig) -> ImageProcessor | None:
@@ -112,13 +151,13 @@ def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = Non
     published.
     """
     rules = source.family.rules(source.config, source.foreign)
-    stored, shapes = _stored(source), multimodal.shapes(source.config)
+    stored, shapes = _stored(source), dense_shapes(source.config)
     elsewhere: Params = {}
     for part, name in source.family.external(source.foreign).items():
         own = [r for r in rules if r.paths[0].startswith(f"{part}/")]
         absent = [r for r in own if not any(name in stored for name in keys.names(r, shapes))]
         if absent and (absent == own or part in source.family.partial):
-            other = open_published(locate(name, source.directory))
+            other = quantised_as(open_published(locate(name, source.directory)), source.config.quantisation)
             found = load_part(other, part, dtype=dtype, shardings=shardings, check_finite=check_finite)
             elsewhere = tree.merge(elsewhere, _picked(found, absent, shapes, other.directory))
             rules = [r for r in rules if r not in absent]
@@ -127,13 +166,14 @@ def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = Non
 
 def _picked(found: Params, rules: list[Rule], shapes: Params, where: Path) -> Params:
     """The leaves of these rules among those that were found elsewhere. Raises UserError where they are not what they must be."""
-    flat, wanted = tree.flatten(found), tree.flatten(shapes)
+    flat, wanted = tree.flatten(quantised.dense_shapes(found)), tree.flatten(shapes)
     paths = [path for r in rules for path in r.paths]
     wrong = [path for path in paths if path not in flat or flat[path].shape != wanted[path].shape]
     if wrong:
         listed = ", ".join(f"{path} {list(wanted[path].shape)}" for path in wrong)
         raise UserError(f"{where} is to give what the directory lacks, and has not {listed}")
-    return tree.unflatten({path: flat[path] for path in paths})
+    chosen = set(paths)
+    return tree.unflatten({path: leaf for path, leaf in tree.flatten(found).items() if quantised.kernel_of(path) in chosen})
 
 
 def load_part(
@@ -144,7 +184,7 @@ def load_part(
     An encoder's projection and classification heads stay behind: a connector does not read them.
     """
     rules = source.family.rules(source.config, source.foreign)
-    shapes, stored = multimodal.shapes(source.config), _stored(source)
+    shapes, stored = dense_shapes(source.config), _stored(source)
     keys.check(stored, rules, shapes, **_expected(source))
     heads = ("vision/projection/", "vision/head/")
     rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(heads)]
@@ -156,12 +196,12 @@ def load_part(
 def _tensors(directory: Path, family: Family, foreign: Config) -> dict[str, Stored]:
     places = _folders(directory, family, foreign) or {"": directory}
     stored = {prefix + name: tensor for prefix, place in places.items() for name, tensor in weights.read(place).items()}
-    return keys.renamed(stored, family.spellings)
+    return keys.renamed(awq.unpacked(stored), family.spellings)
 
 
 def _folders(directory: Path, family: Family, foreign: Config) -> dict[str, Path]:
     """Prefix of tensors -> sub-folder; empty where the weights stand in the directory itself."""
-    if any((directory / name).is_file() for name in weights.NAMES):
+    if weights.files(directory):
         return {}
     return {folder.prefix: directory / folder.name for folder in family.folders(foreign).values()}
 
@@ -194,8 +234,9 @@ def _load(
     return keys.load(
         stored,
         rules,
-        multimodal.shapes(source.config),
+        dense_shapes(source.config),
         dtype=dtype,
+        quantisation=source.config.quantisation,
         shardings=shardings,
         check_finite=check_finite,
         **_expected(source),

@@ -23,7 +23,7 @@ from mmjax.data import encoding, images, messages, templates, tiling
 from mmjax.errors import UserError
 from mmjax.families import FAMILIES
 from mmjax.preprocessing import read_tokenizer
-from tests import golden_parts
+from tests import golden_parts, golden_quantised
 
 TOLERANCE = 2e-4  # relative to the largest value of the reference
 NOTES = ("generated_margin",)  # about the outputs, not of them
@@ -245,7 +245,7 @@ def _of_pipeline(pipeline: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return module.MEAN, module.STD
 
 
-PARTS = {"label_mask": label_mask, "image_processor": image_processor, **golden_parts.PARTS}
+PARTS = {"label_mask": label_mask, "image_processor": image_processor, **golden_parts.PARTS, **golden_quantised.PARTS}
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

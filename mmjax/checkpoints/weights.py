@@ -28,7 +28,7 @@ def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
     """
     path = Path(path)
     if path.is_dir():
-        present = [path / name for name in names if (path / name).is_file()]
+        present = files(path, names)
         if not present:
             raise UserError(f"{path} has no weights: none of {', '.join(names)} is there. {hub.remedy(path)}")
         path = present[0]
@@ -36,6 +36,11 @@ def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
         raise UserError(f"{path}: no such file")
     is_safetensors = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
     return safetensors.read(path) if is_safetensors else pickles.read(path)
+
+
+def files(directory: Path, names: tuple[str, ...] = NAMES) -> list[Path]:
+    """The weight files of a directory, by these names; else those that llm-awq wrote beside a config.json."""
+    return [directory / name for name in names if (directory / name).is_file()] or sorted(directory.glob("*awq*.pt"))
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Mapping
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
 from mmjax import tree
 from mmjax.checkpoints import weights
+from mmjax.checkpoints.awq import Packed
 from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
+from mmjax.models import number_formats, quantised
+from mmjax.models.quantised import Quantisation
 from mmjax.tree import Params
 
 Shape = tuple[int, ...]
@@ -207,12 +211,14 @@ def load(
     unused: Iterable[str] = (),
     where: str | Path = "",
     check_finite: bool = True,
+    quantisation: Quantisation | None = None,
 ) -> Params:
     """The leaves that the rules name, filled from the stored tensors.
 
     Leaves are made one at a time, the largest first while memory is emptiest, each filled in place row by row and
     handed straight to its devices; with shardings (a tree like `shapes`), each device's part is read on its own.
 
+    quantisation   of the kernels that it chooses, each layer's as it is read; `shapes` are dense, `shardings` as the leaves are held
     copies    foreign names that may be stored as well, as copies of others (tied weights); they must be equal
     unused    regular expressions of foreign names that carry nothing (buffers)
     Raises UserError with the lists of tensors that are missing, unexpected or of another shape, and, with `check_finite`, of those
@@ -223,11 +229,18 @@ def load(
     check(stored, rules, shapes, copies=copies, unused=unused, where=where)
     places = tree.flatten(shardings) if shardings is not None else {}
     leaves, broken = {}, dict[str, None]() if check_finite else None
+    chosen = set(quantised.chosen(shapes, quantisation)) if quantisation is not None else set()
     for path in sorted(pieces, key=lambda p: (-flat[p].size, p)):
-        leaves[path] = _leaf(stored, pieces[path], flat[path].shape, np.dtype(dtype), places.get(path), broken)
+        if path in chosen:
+            assert quantisation is not None
+            for name, leaf in _quantised(stored, pieces[path], flat[path].shape, quantisation, broken).items():
+                leaves[f"{path}/{name}"] = _placed(leaf, places.get(f"{path}/{name}"))
+        else:
+            leaves[path] = _leaf(stored, pieces[path], flat[path].shape, np.dtype(dtype), places.get(path), broken)
     if broken:
         weights.refuse_broken([stored[name].name for name in broken], where, dtype)
-    return tree.unflatten({path: leaves[path] for path in flat if path in leaves})
+    order = {path: number for number, path in enumerate(flat)}
+    return tree.unflatten({path: leaves[path] for path in sorted(leaves, key=lambda p: order[quantised.kernel_of(p)])})
 
 
 def check(
@@ -382,9 +395,45 @@ def _leaf(
     return jax.make_array_from_callback(shape, sharding, lambda index: part(index or ()))
 
 
-def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+def _quantised(
+    stored: Mapping[str, Stored], pieces: list[Piece], shape: Shape, spec: Quantisation, broken: dict[str, None] | None
+) -> dict[str, np.ndarray]:
+    """The leaves of a kernel of this shape, quantised row by row (or taken over, where the file holds its codes)."""
+    rows: dict[str, np.ndarray] = {}
+    stacked = shape[: pieces[0].rule.stacked]
+    for at, piece in zip(np.ndindex(stacked), pieces):
+        for name, part in _quantised_row(stored, piece, spec, broken).items():
+            if name not in rows:
+                rows[name] = _aligned([*stacked, *part.shape], part.dtype)
+            rows[name][at] = part
+    return rows
+
+
+def _quantised_row(
+    stored: Mapping[str, Stored], piece: Piece, spec: Quantisation, broken: dict[str, None] | None
+) -> dict[str, np.ndarray]:
+    tensor = stored[piece.name]
+    if isinstance(tensor, Packed) and piece.rule.form is transposed and spec.format == "int4":
+        parts = {name: piece.cut(part).T for name, part in tensor.parts().items()}  # outputs are the first axis of each
+        parts["codes"] = np.asarray(number_formats.packed(jnp.asarray(parts["codes"])))
+        if broken is not None and not weights.is_finite(np.ascontiguousarray(parts["scales"])):
+            broken[piece.name] = None
+        return parts
+    row = np.ascontiguousarray(_read(stored, piece))
+    if broken is not None and not weights.is_finite(row):
+        broken[piece.name] = None
+    return {name: np.asarray(part) for name, part in quantised.on_host(row, spec).items()}
+
+
+def _placed(leaf: np.ndarray, sharding: Any) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(leaf)
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index or ()])
+
+
+def _aligned(shape: list[int], dtype: Any) -> np.ndarray:
     """An array to be filled, aligned as XLA wants it: a CPU device then takes it over as it is, instead of a copy."""
-    size = math.prod(shape) * dtype.itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     room = np.empty(size + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     return room[start : start + size].view(dtype).reshape(shape)

@@ -38,16 +38,19 @@ def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
     """
     settings = recipe.export
     path = Path(settings.path or workdir / "export")
+    model = model.dequantised() if settings.dequantise else model
+    quantise = model.config.quantisation or ""
     if settings.format == "peft":
         base = recipe.model.path
         if not base or model.config.language.new_rows or not _only_adapters_trained(model, recipe):
             base = "base"
-            without_adapters(model).save_pretrained(path / base, dtype=settings.dtype)
+            without_adapters(model).dequantised().save_pretrained(path / base, dtype=settings.dtype)
+            quantise = ""
         save_adapters(model, path, base=base, dtype=settings.dtype)
     else:
         layout, dtype = settings.format, settings.dtype
         model.save_pretrained(path, layout=layout, dtype=dtype, merge_adapters=settings.merge_adapters)
-    again = mmjax.load(path, "float32")
+    again = mmjax.load(path, "float32", quantise=quantise)
     difference = logit_difference(model, again)
     allowed = TOLERANCE[settings.dtype or model.run.dtype]
     if not difference <= allowed:

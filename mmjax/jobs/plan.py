@@ -14,7 +14,7 @@ from mmjax.assembly import model_config
 from mmjax.config import Recipe, Stage
 from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.tiling import of_recipe
-from mmjax.models import multimodal
+from mmjax.models import multimodal, quantised
 from mmjax.models.config import ModelConfig
 from mmjax.results import record
 from mmjax.training.optimizer import make_optimizer
@@ -27,7 +27,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
     """Prints the tables and writes their figures to WORKDIR/results.json. Raises UserError for what does not fit together."""
     config = model_config(recipe)
     params = multimodal.shapes(config)
-    figures: dict[str, float] = {"parameters": _count(params)}
+    figures: dict[str, float] = {"parameters": quantised.count(params)}
     figures |= {f"parameters_{part}": n for part, n in _parts(params).items()}
     print(f"{recipe.name}: {figures['parameters']:,} parameters\n")
     print(_table(["part", "parameters", f"bytes in {recipe.model.dtype}"], _part_rows(params, recipe.model.dtype)))
@@ -104,7 +104,7 @@ def stage_figures(
     per_sample = sum(parts.values())
     figures = (
         trained,
-        (_count(params) - trained) * jnp.dtype(dtype).itemsize + _bytes(state.trainable),
+        _held(params, dtype) - trained * jnp.dtype(dtype).itemsize + _bytes(state.trainable),
         _bytes(state.trainable),
         _bytes(state.optimizer),
         length,
@@ -116,20 +116,27 @@ def stage_figures(
 
 def _parts(params: Params) -> dict[str, int]:
     """Part -> parameters, adapters apart."""
-    parts: dict[str, int] = {}
+    return {part: quantised.count(leaves) for part, leaves in _apart(params).items()}
+
+
+def _apart(params: Params) -> dict[str, Params]:
+    """Part -> its leaves by path, adapters apart."""
+    parts: dict[str, Params] = {}
     for path, leaf in tree.flatten(params).items():
-        part = "adapters" if tree.adapter_of(path) else path.split("/")[0]
-        parts[part] = parts.get(part, 0) + math.prod(leaf.shape)
-    return parts
+        parts.setdefault("adapters" if tree.adapter_of(path) else path.split("/")[0], {})[path] = leaf
+    return {part: tree.unflatten(leaves) for part, leaves in parts.items()}
 
 
 def _part_rows(params: Params, dtype: str) -> list[list[str]]:
+    parts = _apart(params)
+    return [[part, f"{quantised.count(leaves):,}", _shown("bytes", _held(leaves, dtype))] for part, leaves in parts.items()]
+
+
+def _held(params: Params, dtype: str) -> int:
+    """Bytes of frozen parameters: quantised kernels as they are held, the rest in `dtype`."""
     size = jnp.dtype(dtype).itemsize
-    return [[part, f"{n:,}", _shown("bytes", n * size)] for part, n in _parts(params).items()]
-
-
-def _count(params: Params) -> int:
-    return sum(math.prod(leaf.shape) for leaf in tree.flatten(params).values())
+    flat = tree.flatten(params)
+    return sum(_bytes(leaf) if quantised.is_part(path) else math.prod(leaf.shape) * size for path, leaf in flat.items())
 
 
 def _bytes(leaves: Any) -> int:

@@ -27,7 +27,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.run import evaluate
 from mmjax.jobs.export import export
 from mmjax.model import Model
-from mmjax.models import prefix
+from mmjax.models import prefix, quantised
 from mmjax.models.decoder import require_positions
 from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
 from mmjax.parallel.sharding import format_table, param_shardings, table
@@ -238,7 +238,7 @@ def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> str:
 
 
 def _count(params: dict) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return quantised.count(params)
 
 
 class _Terminal(logging.Handler):

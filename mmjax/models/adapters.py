@@ -24,7 +24,7 @@ import numpy as np
 
 from mmjax import tree
 from mmjax.errors import UserError
-from mmjax.models import elementwise, linear_port, lora, plugged, prefix, prompts
+from mmjax.models import elementwise, linear_port, lora, plugged, prefix, prompts, quantised
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import stored
 from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, NormConfig, PrefixConfig
@@ -95,7 +95,7 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
 
     Raises ValueError for targets that choose nothing, and for dropout where there is none.
     """
-    flat = _with_tied_head(tree.flatten(params), config)
+    flat = _with_tied_head(tree.flatten(quantised.dense_shapes(params)), config)
     fresh: Leaves = {}
     for number, adapter in enumerate(config.adapters):
         if isinstance(adapter, PrefixConfig | prompts.Prompt):
@@ -131,6 +131,7 @@ def settle(params: Params, before: Params, config: ModelConfig) -> Params:
     """`draw`'s parameters with the leaves that follow from weights: copies, and DoRA's magnitudes. Leaves that were there `before` stay
     as they are."""
     flat, old = _with_tied_head(tree.flatten(params), config), tree.flatten(before)
+    flat |= {path: quantised.node(params, path) for path in quantised.kernels(params)}
     made: Leaves = {}
     for adapter in config.adapters:
         for place in places(params, config, adapter):
@@ -201,6 +202,9 @@ def _to_merge(params: Params, config: ModelConfig) -> tuple[Leaves, dict[str, li
     """The leaves with copies in their places, what changes Linears and tables (see _bind), and the shapes of the whole when merged."""
     flat = {path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(f"{WEIGHTS}/")}
     bare, found = _bind(flat, config, params.get(WEIGHTS, {}), None)
+    for path in found:
+        if f"{path}/kernel/codes" in flat:
+            raise UserError(quantised.UNMERGED.format(names=", ".join(repr(adapter.name) for adapter, _ in found[path]), linear=path))
     for path, leaf in bare.items():
         if path in flat and leaf is not flat[path]:
             bare[path] = leaf.astype(stored(flat[path]).dtype)
@@ -241,7 +245,7 @@ def _under(params: Params, config: ModelConfig) -> Leaves:
     own = tuple(f"/{port}/{adapter.name}/" for adapter in config.adapters for port in ("plugs", "prompts"))
     flat = tree.flatten({part: leaves for part, leaves in params.items() if part != WEIGHTS})
     flat = {path: leaf for path, leaf in flat.items() if "/adapters/" not in path and not any(name in path for name in own)}
-    return _with_tied_head(flat, config)
+    return _with_tied_head(tree.flatten(quantised.dense_shapes(tree.unflatten(flat))), config)
 
 
 def _with_tied_head(flat: Leaves, config: ModelConfig) -> Leaves:
@@ -343,8 +347,10 @@ def _cut(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
     return tuple(shape) if some is None else (len(some), *shape[1:])
 
 
-def _copy(leaf: jax.Array, place: Place) -> jax.Array:
+def _copy(leaf: Any, place: Place) -> Any:
     some = place.rows or place.layers
+    if isinstance(leaf, Mapping):  # quantised: its numbers are made layer by layer
+        return leaf if some is None else jax.tree.map(lambda part: part[np.array(some)], leaf)
     leaf = leaf if some is None or some == tuple(range(len(leaf))) else leaf[np.array(some)]
     return stored(leaf).astype(jnp.float32)
 
@@ -356,6 +362,7 @@ def _bind(
     order, with their leaves: rows for all layers, with what tells the layers and the rows of the batch apart."""
     bare = {path: leaf for path, leaf in leaves.items() if "/adapters/" not in path}
     nested, flat = tree.unflatten(leaves), _with_tied_head(leaves, config)
+    shapes = _with_tied_head(tree.flatten(quantised.dense_shapes(nested)), config)
     found: dict[str, list[tuple[Adapter, Leaves]]] = {}
     instead: dict[str, list[tuple[jax.Array, Any]]] = {}
     for adapter in config.adapters:
@@ -374,7 +381,7 @@ def _bind(
             if own:
                 groups.setdefault(place.path, []).append((place, own))
         for path, group in groups.items():
-            depth = flat[_weight_at(path)].shape[0] if tree.is_stacked(path) else None
+            depth = shapes[_weight_at(path)].shape[0] if tree.is_stacked(path) else None
             found.setdefault(path, []).append((adapter, _for_all_layers(depth, adapter, group, weight())))
     for path, news in instead.items():
         bare[path] = _replaced(flat[path], news, path)

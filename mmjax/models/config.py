@@ -22,6 +22,7 @@ from mmjax.models.encoder_config import (
     TextTowerConfig,
     ViTConfig,
 )
+from mmjax.models.quantised import Quantisation
 from mmjax.models.tuning_config import Adapters
 
 MaskKind = Literal["causal", "prefix", "media", "opening"]
@@ -119,6 +120,7 @@ class ModelConfig:
     cross_attention: GatedCrossAttentionConfig | None = None  # media are read between the LLM's blocks, not spliced
     features: FeatureSpec = FeatureSpec()
     adapters: Adapters = ()
+    quantisation: Quantisation | None = None  # of frozen kernels
     logit_bias: bool = False  # SigLIP's two-tower logits carry a bias beside the scale
     image_mean: tuple[float, ...] = (0.0, 0.0, 0.0)  # of pixels scaled to [0, 1]
     image_std: tuple[float, ...] = (1.0, 1.0, 1.0)

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from mmjax.models.block_config import Activation, Experts
-from mmjax.models.kernels import matmul, stored
-from mmjax.models.layers import ACTIVATIONS
+from mmjax.models.kernels import Kernel, matmul, stored
+from mmjax.models.layers import ACTIVATIONS, held_kernel
 from mmjax.parallel.mesh import DATA_AXES, data_shards
 
 
@@ -50,7 +50,7 @@ class MixtureOfExperts(nn.Module):
             divisible = x.shape[0] % data_shards(self.mesh) == 0
             rows, own = PartitionSpec(DATA_AXES if divisible else None), PartitionSpec("expert")
             y = jax.shard_map(
-                lambda *inputs: jax.lax.psum(run(*inputs, first=jax.lax.axis_index("expert") * inputs[3].shape[0]), "expert"),
+                lambda *inputs: jax.lax.psum(run(*inputs, first=jax.lax.axis_index("expert") * _count(inputs[3])), "expert"),
                 mesh=self.mesh,
                 in_specs=(rows,) * 3 + (own,) * 3,
                 out_specs=rows,
@@ -66,18 +66,18 @@ class _Kernel(nn.Module):
     shape: tuple[int, ...]
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Kernel:
         batch = tuple(range(len(self.shape) - 2))
-        return self.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=batch), self.shape)
+        return held_kernel(self) or self.param("kernel", nn.initializers.variance_scaling(1.0, "fan_in", "normal", batch_axis=batch), self.shape)
 
 
 def _run(
     tokens: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate: Kernel,
+    up: Kernel,
+    down: Kernel,
     *,
     activation: Activation,
     first: jax.Array | int = 0,
@@ -87,7 +87,7 @@ def _run(
     tokens [tokens, width]; weights and chosen [tokens, k]; kernels [experts, in, out]. Each token is copied once for each expert it
     chose, the copies are sorted by expert, and each expert multiplies its own run of them.
     """
-    experts, k = gate.shape[0], chosen.shape[1]
+    experts, k = _count(gate), chosen.shape[1]
     local = chosen.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < experts), local, experts)  # those of other shards come last
     order = jnp.argsort(local, stable=True)
@@ -99,8 +99,12 @@ def _run(
     return jnp.zeros_like(tokens).at[order // k].add(y)
 
 
+def _count(kernels: Kernel) -> int:
+    return jax.tree.leaves(kernels)[0].shape[0]
+
+
 @jax.checkpoint
-def grouped(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array) -> jax.Array:
     """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out].
 
     Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.kernels.matmul).

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+from typing import Mapping, TypeAlias
+
 import jax
 import jax.numpy as jnp
 
+from mmjax.models import quantised
+
+Kernel: TypeAlias = jax.Array | Mapping[str, jax.Array]
+"""[in, out]: an array, or the leaves of a quantised one."""
+
 
 @jax.checkpoint
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
     """x [..., in] @ kernel [in, out] in x's dtype.
 
-    Checkpointed so that the cast of a stored (bfloat16, say) kernel is made again in the backward pass: kept instead, the
-    casts of all scanned layers would stand in memory at once. The product itself is never made twice.
+    Checkpointed so that the cast of a stored (bfloat16, say, or quantised) kernel is made again in the backward pass: kept instead,
+    the casts of all scanned layers would stand in memory at once. The product itself is never made twice.
     """
     return x @ stored(kernel).astype(x.dtype)
 
 
 @jax.checkpoint
-def wide_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+def wide_matmul(x: jax.Array, kernel: Kernel) -> jax.Array:
     """`matmul` whose sums, kept in float32, are its result."""
     return jnp.matmul(x, stored(kernel).astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def stored(kernel: jax.Array) -> jax.Array:
-    """The numbers of a kernel that is kept as raw bfloat16 bits (uint16); any other kernel as it is.
+def stored(kernel: Kernel) -> jax.Array:
+    """The numbers of a kernel that is quantised (mmjax.models.quantised) or kept as raw bfloat16 bits (uint16); any other as it is.
 
     XLA:CPU cannot slice bfloat16 and widens a whole stack of layers to float32 to do it; bits it slices. `as_bits` makes them.
     """
+    if isinstance(kernel, Mapping):
+        return quantised.dense(kernel)
     return jax.lax.bitcast_convert_type(kernel, jnp.bfloat16) if kernel.dtype == jnp.uint16 else kernel
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable
+from typing import Any, Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -58,7 +58,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, adapted: bool = True) -> jax.Array:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = held_kernel(self) or self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = None
         if self.use_bias or self.has_variable("params", "bias"):  # merged adapters may leave one
             bias = vector(self, "bias", self.bias_init, self.features)
@@ -81,6 +81,12 @@ def vector(module: nn.Module, name: str, init: Callable, width: int) -> jax.Arra
             raise ValueError(f"{name} is {list(found.shape)}, not [{width}]")
         return found
     return module.param(name, init, (width,))
+
+
+def held_kernel(module: nn.Module) -> Any:
+    """The leaves of a module's kernel where it is quantised, else None."""
+    found = module.get_variable("params", "kernel") if module.has_variable("params", "kernel") else None
+    return found if isinstance(found, Mapping) else None
 
 
 def apply(module: nn.Module, params: Any, *args: Any, **settings: Any) -> jax.Array:

@@ -11,6 +11,7 @@ from typing import Any, Callable, Mapping, Sequence
 import jax
 
 from mmjax.models import elementwise, lora
+from mmjax.models.kernels import Kernel
 from mmjax.models.tuning_config import Adapter, Adapters, AffineConfig, Ia3Config, LoraConfig
 
 Leaves = Mapping[str, Any]
@@ -24,7 +25,7 @@ def present(adapters: Adapters, leaves: Mapping[str, Leaves]) -> list[tuple[Adap
 
 def linear(
     x: jax.Array,
-    kernel: jax.Array,
+    kernel: Kernel,
     bias: jax.Array | None,
     found: Present,
     product: Callable[[jax.Array], jax.Array],

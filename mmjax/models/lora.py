@@ -16,7 +16,7 @@ from typing import Any, Mapping
 import jax
 import jax.numpy as jnp
 
-from mmjax.models.kernels import dropped, matmul, stored
+from mmjax.models.kernels import Kernel, dropped, matmul, stored
 from mmjax.models.tuning_config import LoraConfig
 
 Leaves = Mapping[str, Any]
@@ -42,15 +42,15 @@ def draw(key: jax.Array, config: LoraConfig, shape: tuple[int, ...], rank: int, 
     return made
 
 
-def magnitudes(kernel: jax.Array, leaves: Leaves, config: LoraConfig) -> jax.Array:
+def magnitudes(kernel: Kernel, leaves: Leaves, config: LoraConfig) -> jax.Array:
     """DoRA's fresh magnitudes [..., out] beside a kernel [..., in, out]: the norms of its columns."""
-    if kernel.ndim == 2:
+    if leaves["lora_a"].ndim == 2:
         return _norms(kernel, leaves, config)
     return jax.lax.map(lambda layer: _norms(layer[0], layer[1], config), (kernel, dict(leaves)))
 
 
 def change(
-    y: jax.Array, x: jax.Array, plain: jax.Array, kernel: jax.Array, leaves: Leaves, config: LoraConfig, key: jax.Array | None
+    y: jax.Array, x: jax.Array, plain: jax.Array, kernel: Kernel, leaves: Leaves, config: LoraConfig, key: jax.Array | None
 ) -> jax.Array:
     """The output y [..., out] with what the adapter adds to it; `plain` is x @ kernel, x [..., in] what the adapter reads. With a key
     its input is dropped out."""
@@ -105,7 +105,7 @@ def _scale(leaves: Leaves, config: LoraConfig) -> Any:
     return leaves["factor"] if "factor" in leaves else config.scale
 
 
-def _norms(kernel: jax.Array, leaves: Leaves, config: LoraConfig) -> jax.Array:
+def _norms(kernel: Kernel, leaves: Leaves, config: LoraConfig) -> jax.Array:
     """float32 [out]: the norms of the changed kernel's columns, without a gradient."""
     a, b = (jax.lax.stop_gradient(leaves[name]).astype(jnp.float32) for name in ("lora_a", "lora_b"))
     wide = jax.lax.stop_gradient(stored(kernel)).astype(jnp.float32) + a @ b * _scale(leaves, config)

@@ -23,6 +23,7 @@ from mmjax.models import (
     prefix,
     prompts,
     qformer,
+    quantised,
     scales,
     text_tower,
     vit,
@@ -37,7 +38,7 @@ Params = dict[str, Any]
 
 @functools.partial(jax.jit, static_argnames="config")
 def init(key: jax.Array, config: ModelConfig) -> Params:
-    """Fresh float32 parameters of all parts, adapters included."""
+    """Fresh float32 parameters of all parts, adapters included; kernels quantised as `config.quantisation` says."""
     keys = jax.random.split(key, 5)
     params: Params = {}
     if config.vision is not None:
@@ -55,12 +56,14 @@ def init(key: jax.Array, config: ModelConfig) -> Params:
     if (crossed := config.cross_attention) is not None:
         leaves = gated_cross_attention.init_layers(jax.random.fold_in(key, 5), crossed, len(crossed.layers))
         params["llm"] = {**params.get("llm", {}), "plugs": {gated_cross_attention.NAME: leaves}}
-    return adapters.add(keys[4], params, config)
+    params = adapters.add(keys[4], params, config)
+    return quantised.quantise_all(params, config.quantisation) if config.quantisation else params
 
 
 def shapes(config: ModelConfig) -> Params:
-    """The shapes of `init`'s parameters, without making any array."""
-    return jax.eval_shape(functools.partial(init, config=config), jax.random.key(0))
+    """The shapes of `init`'s parameters, without making any array. Raises UserError where `config.quantisation` names none of them."""
+    found = jax.eval_shape(functools.partial(init, config=dataclasses.replace(config, quantisation=None)), jax.random.key(0))
+    return quantised.shapes(found, config.quantisation) if config.quantisation else found
 
 
 def normalise(config: ModelConfig, images: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import tree
 from mmjax.batch import Batch
+from mmjax.models import quantised
 from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards
 from mmjax.tree import Params
 
@@ -47,13 +48,20 @@ class Row:
 
 
 def table(params: Params, mesh: Mesh) -> list[Row]:
-    """Every leaf's PartitionSpec; `params` may be shapes."""
+    """Every leaf's PartitionSpec; `params` may be shapes. The parts of a quantised kernel are divided as the kernel would be, where
+    that cuts no block in two."""
     rows = []
-    for path, leaf in tree.flatten(params).items():
-        glob, axes = next((glob, axes) for glob, axes in RULES if tree.matches(path, glob))
-        wanted = ((None,) * len(leaf.shape) + axes)[-len(leaf.shape) :] if leaf.shape else ()
+    flat = tree.flatten(params)
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    for path, leaf in flat.items():
+        glob, axes = next((glob, axes) for glob, axes in RULES if tree.matches(quantised.kernel_of(path), glob))
+        axes = (None,) * max(8, len(leaf.shape)) + axes
+        along = [(i - len(leaf.shape), size) for i, size in enumerate(leaf.shape)]
+        if quantised.is_part(path):
+            along = [found or (0, 1) for found in quantised.axes_of(path, shapes)]
         fitting, notes = [], []
-        for size, axis in zip(leaf.shape, wanted):
+        for end, size in along:
+            axis = axes[end] if end else None
             divides = axis is not None and size % mesh.shape[axis] == 0
             if axis is not None and not divides:
                 notes.append(f"{size} is not divisible by {axis}={mesh.shape[axis]}: whole there")

@@ -25,6 +25,7 @@ from mmjax.config import Recipe
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import as_bits, stored
+from mmjax.models.quantised import is_part
 from mmjax.parallel.sharding import batch_shardings, param_shardings
 from mmjax.training.metrics import Best, Board, Clock, Journal, Speed, format_line, parameter_table
 from mmjax.training.optimizer import make_optimizer, make_schedule
@@ -281,10 +282,12 @@ def _on_device(batches: Iterator[tuple[Batch, Info]], mesh: Mesh) -> Generator[t
 
 
 def hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
-    """Frozen leaves as the step takes them: floating-point ones in `dtype`. On CPUs stacked bfloat16 kernels (but for
-    those in `whole`) are held as bits, since XLA:CPU would widen a whole stack (see mmjax.models.kernels.stored)."""
+    """Frozen leaves as the step takes them: floating-point ones in `dtype`, quantised kernels as they are. On CPUs stacked bfloat16
+    kernels (but for those in `whole`) are held as bits, since XLA:CPU would widen a whole stack (see mmjax.models.kernels.stored)."""
 
     def held(path: str, leaf: jax.Array) -> jax.Array:
+        if is_part(path):
+            return leaf
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = leaf.astype(dtype)
         stacked_kernel = tree.is_stacked(path) and path.endswith("/kernel") and path not in whole

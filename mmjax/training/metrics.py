@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import flops, tree
+from mmjax.models import quantised
 from mmjax.training.trainable import Selection
 from mmjax.tree import Params
 
@@ -165,7 +166,7 @@ def parameter_table(params: Params, selection: Selection) -> str:
     lines = [f"{'part':12} {'parameters':>15} {'trainable':>15} {'bytes':>12}"]
     rows = {**parts, "total": {path: leaf for leaves in parts.values() for path, leaf in leaves.items()}}
     for name, leaves in rows.items():
-        size = sum(leaf.size for leaf in leaves.values())
+        size = quantised.count(tree.unflatten(leaves))
         held = sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves.values())
         lines.append(f"{name:12} {size:15,} {selection.count(leaves):15,} {held / 2**20:8,.1f} MiB")
     return "\n".join(lines)

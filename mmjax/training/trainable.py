@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from mmjax import tree
 from mmjax.errors import UserError
+from mmjax.models import quantised
 from mmjax.tree import Params
 
 
@@ -42,12 +43,17 @@ class Selection:
 def select(params: Params, globs: Sequence[str], key: str) -> Selection:
     """The leaves that `globs` name. `params` may be shapes; `key` is the recipe's key, for the message.
 
-    Raises UserError for a glob that matches nothing, and for layer ranges that are empty or leave a gap."""
+    Raises UserError for a glob that matches nothing or a quantised kernel, and for layer ranges that are empty or leave a gap."""
     flat = tree.flatten(params)
     chosen: dict[str, tuple[int, int] | None] = {}
     for glob in globs:
         paths = [path for path in flat if tree.matches(path, glob)]
         require_match(paths, glob, flat, key)
+        if held := [path for path in paths if quantised.is_part(path)]:
+            raise UserError(
+                f"{key}: {glob!r} would train {quantised.kernel_of(held[0])}, which is quantised and therefore frozen. Train adapters "
+                "(a glob such as 'llm/**/lora_*'), or leave that kernel dense (model.quantise.targets)."
+            )
         for path in paths:
             layers = _layers(glob, path, flat[path].shape, key)
             chosen[path] = _union(chosen[path], layers, path, key) if path in chosen else layers
