@@ -418,8 +418,10 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     there = {part: None for part in ("llm", "vision", "connector") if part in loaded}
     if "connector" in loaded and len(tree.flatten(loaded["connector"])) < len(tree.flatten(shapes["connector"])):
         del there["connector"]  # some of a Q-Former's leaves
-    absent = dataclasses.replace(config, adapters=(), **there)  # type: ignore[arg-type]
+    absent = dataclasses.replace(config, adapters=(), quantisation=None, **there)  # type: ignore[arg-type]
     drawn = tree.merge(_drawing(config, absent)(jax.random.key(recipe.seed)), loaded)
+    if config.quantisation is not None:  # what was loaded is quantised already
+        drawn = quantised.converted(drawn, config.quantisation)
     params = adapters.settle(drawn, loaded, config)
     flat = tree.flatten(_placed(params, places))
     return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})

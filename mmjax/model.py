@@ -386,6 +386,7 @@ class Model:
         """The model with frozen kernels in few bits. Raises UserError where some are already."""
         if self.config.quantisation is not None:
             raise UserError(f"this model is held in {self.config.quantisation.format} already")
+        quantised.require(self.params, spec)
         return dataclasses.replace(
             self, params=quantised.converted(self.params, spec), config=dataclasses.replace(self.config, quantisation=spec)
         )

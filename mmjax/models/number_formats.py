@@ -65,7 +65,8 @@ def to_nf4(kernel: jax.Array, block: int = 64, double: bool = True) -> Leaves:
     if whole < inputs:  # bitsandbytes divides in a shorter block, and does not let its maximum be 0
         absmax = absmax.at[-1].max(SMALLEST)
         scaled = scaled.at[whole:].set(_divided(kernel[whole:], absmax[-1]))
-    codes = _nearest(jnp.clip(scaled, -1, 1), NF4)
+    scaled = jnp.clip(scaled, -1, 1)
+    codes: jax.Array = sum((scaled > value).astype(jnp.uint8) for value in _between(NF4))  # type: ignore[assignment]
     leaves = {"codes": packed(codes, padding=7)}
     return leaves | (_double(absmax) if double else {"absmax": absmax})
 
@@ -136,8 +137,10 @@ def _double(absmax: jax.Array) -> Leaves:
     runs = _blocks((absmax - offset).T.reshape(-1, 1), NESTED)[..., 0]
     nested = jnp.abs(runs).max(1)
     scaled = jnp.clip(runs / jnp.maximum(nested, SMALLEST)[:, None], -1, 1)
-    steps = jnp.floor((scaled + 1) * 32767.5 + 0.5) / 32767.5 - 1
-    codes = jnp.where(nested[:, None] > 0, _nearest(steps, dynamic_levels()), 0)
+    steps = jnp.floor((scaled + 1) * 32767.5 + 0.5).astype(jnp.int32)
+    levels = dynamic_levels()
+    nearest = np.searchsorted(_between(levels), (np.arange(65536) / 32767.5 - 1).astype(np.float32)).astype(np.uint8)
+    codes = jnp.where(nested[:, None] > 0, jnp.asarray(nearest)[steps], 0)
     codes = codes.reshape(-1)[: blocks * outputs].reshape(outputs, blocks).T
     return {"absmax_codes": codes, "nested_absmax": nested, "offset": offset}
 
@@ -157,12 +160,9 @@ def _mean(x: jax.Array) -> jax.Array:
     return x[0] / count
 
 
-def _nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
-    """The index of the level nearest to each number, uint8; half way between two of them it is the lower."""
-    between = (levels[:-1] + levels[1:]) / np.float32(2)
-    if len(levels) <= 16:
-        return sum((x > value).astype(jnp.uint8) for value in between)  # type: ignore[return-value]
-    return jnp.searchsorted(between, x).astype(jnp.uint8)
+def _between(levels: np.ndarray) -> np.ndarray:
+    """Half way between ascending levels: up to there, and there itself, the lower one is the nearest."""
+    return (levels[:-1] + levels[1:]) / np.float32(2)
 
 
 def _evenly(count: int) -> np.ndarray:

@@ -104,8 +104,7 @@ def quantise_all(params: Params, spec: Quantisation) -> Params:
 
 
 def converted(params: Params, spec: Quantisation) -> Params:
-    """A whole model's parameters with the chosen kernels quantised on the processor, row by row. Raises UserError as `require` does."""
-    require(params, spec)
+    """The parameters with the chosen kernels, where they are dense, quantised on the processor, row by row."""
     flat = tree.flatten(params)
     made: dict[str, Leaves] = {}
     for path in chosen(params, spec):
