@@ -149,8 +149,8 @@ def test_published_awq_is_taken_over_code_by_code(layout, llama, tmp_path):
     model = mmjax.load(tmp_path / "awq")
     spec = model.config.quantisation
     assert spec.format == "int4" and spec.block == 64 and len(spec.targets) == 7
-    assert {p: (l.shape) for p, l in tree.flatten(model.params).items()} == {
-        p: l.shape for p, l in tree.flatten(multimodal.shapes(model.config)).items()
+    assert {p: leaf.shape for p, leaf in tree.flatten(model.params).items()} == {
+        p: leaf.shape for p, leaf in tree.flatten(multimodal.shapes(model.config)).items()
     }
     found = model.dequantised().params["llm"]["layers"]["mlp"]["down"]["kernel"]
     np.testing.assert_allclose(found[1], dense["model.layers.1.mlp.down_proj.weight"].T, rtol=1e-6, atol=1e-7)
