@@ -17,6 +17,7 @@ from mmjax import published, qformer_weights, tree, vocabulary
 from mmjax.config import Part, Recipe
 from mmjax.data import sources, templates
 from mmjax.data import tiling as tilings
+from mmjax.data.instructions import Embeddings
 from mmjax.data.messages import PLACEHOLDER, BadSample
 from mmjax.errors import UserError
 from mmjax.families import composed, parts
@@ -72,7 +73,8 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     for part, source in (("llm", language), ("vision", vision)):
         if isinstance(source, Published):
             source = published.quantised_as(source, config.quantisation)
-            loaded.append(published.load_part(source, part, dtype=section.dtype, shardings=places))
+            reading: dict[str, Any] = {"dtype": section.dtype, "shardings": places, "heads": part == "vision" and section.projected}
+            loaded.append(published.load_part(source, part, **reading))
             bases[getattr(section, part).path] = published.fingerprint(source.directory)
     if config.connector is not None and config.connector.kind == "qformer":
         if section.connector.path or section.connector.bert:
@@ -80,8 +82,10 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
     elif section.connector.path and config.connector is not None:
         loaded.append(load_connector(section.connector.path, config.connector))
     params = _completed(recipe, config, tree.merge(*loaded), places)
-    processor = None
-    if config.vision is not None:
+    processor: Any = None
+    if (embedded := next((a for a in config.adapters if isinstance(a, tuning_config.NoisePromptConfig)), None)) is not None:
+        processor = Embeddings((embedded.length, embedded.channels))
+    elif config.vision is not None:
         tiling = tilings.of_recipe(section.image)
         processor = image_processor(
             config,
@@ -167,7 +171,7 @@ def connector_config(
     """The connector between an encoder and a language model of this width; `kind` may be LLaVA's mlpNx_gelu."""
     tower = vision.vision
     assert tower is not None
-    kind, depth = section.kind, {"perceiver": 6, "cross_self_perceiver": 6, "qformer": 12}.get(section.kind, 2)
+    kind, depth = section.kind, {"perceiver": 6, "cross_self_perceiver": 6, "qformer": 12, "visual_blocks": 8}.get(section.kind, 2)
     if named := re.fullmatch(r"mlp(\d+)x_gelu", kind):
         kind, depth = "mlp", int(named[1])
     config = ConnectorConfig(
@@ -268,12 +272,13 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     for name in ("llm", "vision"):
         part: Part = getattr(section, name)
         if part.path or part.config:
-            found[name] = _part(part, name, vocab_size or section.tokenizer.vocab_size)
+            found[name] = _part(part, name, vocab_size or section.tokenizer.vocab_size, section.projected)
     features = FeatureSpec(
         tuple(section.feature_layers),
         section.keep_class_token,
         section.post_norm,
         pooled=section.pooled,
+        projected=section.projected,
         scales=tuple(section.scales),
     )
     if len(found) == 1:
@@ -284,6 +289,8 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
     language, tower = found["llm"][0], found["vision"][0]
     if features.pooled and (not isinstance(tower.vision, ViTConfig) or tower.vision.pooling == "none"):
         raise UserError("model.pooled: this encoder makes no one vector of its states")
+    if features.projected and (not isinstance(tower.vision, ViTConfig) or not tower.vision.projection):
+        raise UserError("model.projected: this encoder has no projection; its config.json names CLIPVisionModelWithProjection, or is CLIP's")
     tower = tower.at_size(section.image.size) if section.image.size else tower
     if section.stitching:
         features = dataclasses.replace(features, stitching=_stitching(section, tower))
@@ -323,16 +330,16 @@ def _stitching(section: recipes.Model, tower: ModelConfig) -> Stitching:
     return Stitching(section.stitching, overlap // patch)  # type: ignore[arg-type]
 
 
-def _part(part: Part, name: str, vocab_size: int) -> tuple[ModelConfig, Family, Config]:
+def _part(part: Part, name: str, vocab_size: int, projected: bool = False) -> tuple[ModelConfig, Family, Config]:
     """A part's shapes, family and config; from its directory, or from the recipe where that is not at hand (or not
-    meant).
+    meant). `projected`: of an encoder the projection is kept.
     """
     source = _source(part, f"model.{name}")
     if isinstance(source, Published):
         own = read_image_processor(source.directory, source.config) if name == "vision" else None
         kept = ModelConfig(
             llm=source.config.llm if name == "llm" else None,
-            vision=_headless(source.config.vision) if name == "vision" else None,
+            vision=_headless(source.config.vision, projected) if name == "vision" else None,
             image_mean=own.mean if own else source.config.image_mean,
             image_std=own.std if own else source.config.image_std,
             image_aspect=source.config.image_aspect,
@@ -364,9 +371,9 @@ def _typed(part: Config, whole: Config, name: str) -> Config:
     return {"model_type": default, **part}
 
 
-def _headless(vision: Any) -> Any:
-    """An encoder without its projection and its classifier: a connector reads neither, and neither is loaded."""
-    gone = {name: 0 for name in ("projection", "classes") if hasattr(vision, name)}
+def _headless(vision: Any, projected: bool = False) -> Any:
+    """An encoder without its classifier and, unless it is read, its projection: a connector reads neither, and neither is loaded."""
+    gone = {name: 0 for name in ("classes", *(() if projected else ("projection",))) if hasattr(vision, name)}
     return dataclasses.replace(vision, **gone)
 
 
@@ -386,6 +393,14 @@ def _source(part: Part, key: str, weights: bool = False) -> Published | Config |
 
 def _with_adapters_and_mask(config: ModelConfig, section: recipes.Model) -> ModelConfig:
     added = tuple(_adapter(name, adapter) for name, adapter in section.adapters.items())
+    for adapter in added:
+        if isinstance(adapter, tuning_config.AdaptionPromptConfig) and adapter.media:
+            tokens = config.connector.tokens if config.connector is not None else 0
+            if not tokens or (adapter.media == "added" and tokens not in (1, adapter.length)):
+                raise UserError(
+                    f"model.adapters.{adapter.name}: media are {adapter.media!r} to {adapter.length} prompts, and the connector makes {tokens} "
+                    "tokens of a picture; it must make one, or as many as there are prompts"
+                )
     quantisation = _quantisation(section.quantise, config)
     return dataclasses.replace(config, adapters=config.adapters + added, mask=section.mask or config.mask, quantisation=quantisation)
 

@@ -37,6 +37,7 @@ class Batch:
     images      uint8 [groups, tiles, height, width, channels]   pixels; the model normalises. [groups, tiles, frames, ...] where a
                                                                  perceiver reads several frames as one medium
     features    float [groups, tiles, positions, width]          cached encoder features in place of `images`
+    audio       float [groups, tiles, 2, width]   where `features` are noise embeddings of N-best lists: means of noisy and clean audio features
     tiles       bool [groups, tiles]   which tiles are real; the others are dummies that no row points at
     frames      int32 [groups, tiles]  which frame of its video each tile is, from 0; -1 = a picture; None = there is no video
     grids       int32 [groups, pictures, 3]   of pictures whose tiles are stitched: the overview's tile in the group, rows and columns of
@@ -63,6 +64,7 @@ class Batch:
     decoder_segments: Any = None
     images: Any = None
     features: Any = None
+    audio: Any = None
     tiles: Any = None
     frames: Any = None
     grids: Any = None

@@ -58,7 +58,7 @@ def write_card(model: Model, recipe: Recipe, workdir: Path) -> Path:
 def _figures(figures: dict[str, Any]) -> str:
     """The evaluations' figures as a table; a figure of the blind twin stands beside the one it belongs to."""
     shown = {
-        name: value for name, value in figures.items() if re.search(r"accuracy|bleu|cider", name) and value is not None
+        name: value for name, value in figures.items() if re.search(r"accuracy|bleu|cider|wer", name) and value is not None
     }
     plain = [n for n in shown if not re.search(r"_(low|high|blind|shuffled|withheld|most_frequent)(_|$)", n)]
 

@@ -264,6 +264,9 @@ CLIP_B_16 = Part(
     },
 )
 CLIP_L_224 = _clip_l("openai/clip-vit-large-patch14", 224)
+CLIP_L_224_PROJECTED = dataclasses.replace(
+    CLIP_L_224, config={**CLIP_L_224.config, "architectures": ["CLIPVisionModelWithProjection"]}
+)
 CLIP_H_224 = Part(
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     {
@@ -313,6 +316,7 @@ INTERNVIT_6B_448 = Part(
 )
 
 # The data of LLaVA, on which many others were trained as well.
+ALPACA_52K = Source(kind="alpaca", path="data/alpaca_data.json")
 CC3M_595K = Source(path="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images")
 LCS_558K = Source(path="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")
 INSTRUCT_158K = Source(path="data/llava_instruct_158k.json", images="data/coco/train2014")

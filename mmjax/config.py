@@ -178,7 +178,8 @@ class Adapter:
     they are here.
 
     kind      "lora"; "ia3"; "affine" (LLaMA-Adapter V2's bias and scale of Linears); "norm" (norms tuned in copies); in front of the text "prompt",
-              "p_tuning", "multitask_prompt" (mmjax.models.prompts), "prefix" (mmjax.models.prefix); in blocks "bottleneck" (mmjax.models.bottleneck)
+              "p_tuning", "multitask_prompt" (mmjax.models.prompts), "prefix" (mmjax.models.prefix); in blocks "bottleneck" (mmjax.models.bottleneck),
+              "adaption_prompt" (LLaMA-Adapter, mmjax.models.adaption_prompt), "noise_prompt" (RobustGER, mmjax.models.noise_prompt)
     targets   globs over paths of Linears (which end before `/kernel`) or norms (before `/scale`); llm/layers[16:32]/** chooses layers.
               `**` reaches those in blocks, plugs and connectors; heads and the table of tokens are named: llm/head, llm/embed
     rank_pattern, alpha_pattern   of lora: glob over Linears -> value, the first that matches counts
@@ -200,9 +201,23 @@ class Adapter:
     reads     of a bottleneck: "output" of the sublayer (with both places: Houlsby), the stream "joined" behind it (with "mlp": Pfeiffer),
               or its "input" (parallel)
     activation, scale, norm_before, norm_after   of a bottleneck: between its halves, of what it adds, layer norms around it
+    length, depth, bottom, media, gate, gate_fn, gate_scale, adapted   of adaption_prompt: see mmjax.models.tuning_config.AdaptionPromptConfig
+    channels, audio   of noise_prompt (with length and depth): see mmjax.models.tuning_config.NoisePromptConfig
     """
 
-    kind: Literal["lora", "ia3", "affine", "norm", "prompt", "p_tuning", "multitask_prompt", "prefix", "bottleneck"] = "lora"
+    kind: Literal[
+        "lora",
+        "ia3",
+        "affine",
+        "norm",
+        "prompt",
+        "p_tuning",
+        "multitask_prompt",
+        "prefix",
+        "bottleneck",
+        "adaption_prompt",
+        "noise_prompt",
+    ] = "lora"
     targets: tuple[str, ...] = ("llm/layers/**",)
     rank: int = 8
     alpha: float = 16.0
@@ -235,6 +250,16 @@ class Adapter:
     norm_after: bool = False
     parts: tuple[Literal["llm", "encoder", "vision"], ...] = ("llm",)
     layers: tuple[int, ...] = ()
+    length: int = 10
+    depth: int = 0
+    bottom: bool = False
+    media: Literal["", "added", "alone"] = ""
+    gate: Literal["head", "layer"] = "head"
+    gate_fn: Literal["tanh", "identity"] = "tanh"
+    gate_scale: bool = False
+    adapted: bool = True
+    channels: int = 384
+    audio: int = 0
 
 
 @dataclasses.dataclass
@@ -278,6 +303,7 @@ class Model:
                     Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it,
                     causal where the parts are joined here
     pooled          the connector reads one vector, what the encoder itself makes of all its states, in place of them
+    projected       ... each position as the encoder's own projection makes it (CLIP's; LLaMA-Adapter V2)
     stitching       the tiles of a picture become one map, of the size of a tile's, whose features are joined to the overview's on
                     channels (moondream 2): resized by "area" or "bilinear"; "" = they do not
     template        a chat template's name (see mmjax.data.templates), or "tokenizer" for the tokenizer's own Jinja template
@@ -301,6 +327,7 @@ class Model:
     keep_class_token: bool = False
     post_norm: bool = False
     pooled: bool = False
+    projected: bool = False
     stitching: Literal["", "area", "bilinear"] = ""
     image: Image = dataclasses.field(default_factory=Image)
     tokenizer: Tokenizer = dataclasses.field(default_factory=Tokenizer)
@@ -322,6 +349,7 @@ class Source:
 
     kind     "llava" (LLaVA conversations, .json/.jsonl, also .gz), "messages" (JSONL of messages), "captions" (JSONL, `image` and a list of
              captions), "pairs" and "mimic_it" (see mmjax.data.pairs), "mmc4" and "obelics" (documents, see mmjax.data.interleaved),
+             "alpaca" and "hypotheses" (instructions, N-best lists of speech recognition, see mmjax.data.instructions), "drawn_hypotheses",
              "digits" (handwriting scenes drawn from scikit-learn's digits), "digit_facts" (their text-only twin)
     path     the file, for some kinds a glob of .tar or .parquet files; images: a folder, a .tar, a glob of .tar files, or a .json of base64
     weight   share in the mixture relative to the other sources (0 < weight); 0 = proportional to size
@@ -334,7 +362,18 @@ class Source:
     """
 
     kind: Literal[
-        "llava", "messages", "captions", "pairs", "mimic_it", "mmc4", "obelics", "digits", "digit_facts"
+        "llava",
+        "messages",
+        "captions",
+        "pairs",
+        "mimic_it",
+        "mmc4",
+        "obelics",
+        "alpaca",
+        "hypotheses",
+        "drawn_hypotheses",
+        "digits",
+        "digit_facts",
     ] = "llava"
     path: str = ""
     images: str = ""
@@ -391,6 +430,7 @@ class Stage:
     accumulate    micro-batches of one step
     dropout       of what each block of the LLM adds to its residual; adapters have their own
     router_loss   weight of the load-balancing loss of a mixture of experts (0.02 in Mixtral's own training)
+    noise_distillation   weight of RobustGER's audio noise distillation (mmjax.training.distillation), of sources that have audio features
     cache_features   run the frozen encoder once over every picture and keep its features on disk
     """
 
@@ -414,6 +454,7 @@ class Stage:
     label_smoothing: float = 0.0
     dropout: float = 0.0
     router_loss: float = 0.0
+    noise_distillation: float = 0.0
     dtype: DType = "float32"  # of activations
     param_dtype: DType = "float32"  # of trained weights
     remat: Literal["none", "dots", "full"] = "none"
@@ -442,12 +483,12 @@ class FewShot:
 class Evaluation:
     """Held-out questions answered by generation and scored.
 
-    metrics   "accuracy" (exact match after normalisation), "bleu", "cider"; blind: also score with images shuffled and withheld
+    metrics   "accuracy" (exact match after normalisation), "bleu", "cider", "wer" (word errors); blind: also score with images shuffled and withheld
     """
 
     source: Source = dataclasses.field(default_factory=Source)
     few_shot: FewShot = dataclasses.field(default_factory=FewShot)
-    metrics: tuple[Literal["accuracy", "bleu", "cider"], ...] = ("accuracy",)
+    metrics: tuple[Literal["accuracy", "bleu", "cider", "wer"], ...] = ("accuracy",)
     blind: bool = False
     max_new_tokens: int = 32
     num_beams: int = 1

@@ -30,8 +30,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads", "cross_every", "text_positions"), (1, math.inf)),
     **dict.fromkeys(("mlp_width", "text_vocab", "text_length", "contrast_width"), (0, math.inf)),
-    **dict.fromkeys(("tokens", "tasks", "task_rank", "encoder_depth"), (1, math.inf)),
-    **dict.fromkeys(("encoder_width", "task", "first"), (0, math.inf)),
+    **dict.fromkeys(("tokens", "tasks", "task_rank", "encoder_depth", "channels"), (1, math.inf)),
+    **dict.fromkeys(("encoder_width", "task", "first", "audio", "noise_distillation"), (0, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
@@ -146,6 +146,11 @@ def _model(model: Model) -> Iterator[str]:
             yield f"model.new_tokens: {name!r} is empty or stands there twice."
     if model.new_tokens and not (model.path or model.llm.path or model.llm.config):
         yield "model.new_tokens are given, but the model has no language model that could learn them."
+    beside = [name for name, adapter in model.adapters.items() if adapter.media or adapter.kind == "noise_prompt"]
+    if beside and model.cross_attention.every:
+        yield f"model.adapters.{beside[0]} reads media beside the text, and model.cross_attention between the blocks; choose one of the two."
+    if beside and model.image.tiling:
+        yield f"model.adapters.{beside[0]} reads media beside the text, where a picture is one tile; model.image.tiling cuts it."
     for name, adapter in model.adapters.items():
         if not re.fullmatch(r"\w+", name):
             yield f"model.adapters: {name!r} cannot name an adapter; use letters, digits and _."
@@ -213,8 +218,10 @@ def _connector(connector: Connector) -> Iterator[str]:
         yield f"model.connector.depth is {connector.depth}, and kind={kind!r} says how deep it is; leave out one of the two."
     if connector.input_norm and kind in PERCEIVERS:
         yield f"model.connector.input_norm: kind={kind!r} has a norm of what it reads in each of its layers."
-    if connector.output_norm and kind in (*PERCEIVERS, "residual_mlp", "qformer"):
+    if connector.output_norm and kind in (*PERCEIVERS, "residual_mlp", "qformer", "visual_blocks"):
         yield f"model.connector.output_norm: kind={kind!r} has norms of its own."
+    if connector.input_norm and kind == "visual_blocks":
+        yield "model.connector.input_norm: kind='visual_blocks' has norms of its own."
     if connector.input_norm and kind == "qformer":
         yield "model.connector.input_norm: a Q-Former reads the encoder as it is; model.post_norm norms it."
     if connector.text_vocab and kind != "qformer":
@@ -292,7 +299,7 @@ def _stage(key: str, stage: Stage) -> Iterator[str]:
 
 
 def _source(key: str, source: Source) -> Iterator[str]:
-    if source.kind not in ("digits", "digit_facts") and not source.path:
+    if source.kind not in ("digits", "digit_facts", "drawn_hypotheses") and not source.path:
         yield f"{key}.path is empty: a source of kind {source.kind!r} is read from a file."
 
 

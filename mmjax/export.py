@@ -8,22 +8,40 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 import jax.numpy as jnp
 
 from mmjax import tree
 from mmjax.checkpoints import adapterhub, peft, safetensors
+from mmjax.data.images import ImageProcessor
 from mmjax.data.tiling import AnyRes, DynamicTiles
 from mmjax.errors import UserError
-from mmjax.families import composed, idefics, internvl, keys, llava, llava_llama, llava_next, open_flamingo
+from mmjax.families import (
+    composed,
+    idefics,
+    internvl,
+    keys,
+    llama_adapter,
+    llava,
+    llava_llama,
+    llava_next,
+    open_flamingo,
+    robust_ger,
+)
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
 from mmjax.model import Model
 from mmjax.models import adapters, new_rows, prompts, quantised, vit
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.models.tuning_config import BottleneckConfig, PrefixConfig
+from mmjax.models.tuning_config import (
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    NoisePromptConfig,
+    NormConfig,
+    PrefixConfig,
+)
 from mmjax.preprocessing import (
     PLACEHOLDER,
     is_writable,
@@ -84,7 +102,11 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
     named = any(foreign.get(name) is not None for name in ("image_token_index", "image_token_id"))
     if family in [layout.FAMILY for layout in _HF] and not named:
         model, foreign = _with_placeholder(model, foreign)
-    params, config, change = adapters.merge_by_layer(model.params, model.config)
+    kept = tuple(a for a in model.config.adapters if isinstance(a, family.keeps_adapters))
+    apart = adapters.leaves_of(model.params, [a.name for a in kept])
+    bare = without_adapters(model, [a.name for a in kept])
+    params, config, change = adapters.merge_by_layer(bare.params, bare.config)
+    params, config = tree.merge(params, apart), dataclasses.replace(config, adapters=kept)
     config = _without_heads(config, family)
     path.mkdir(parents=True, exist_ok=True)
     foreign = family.write_config(config, foreign)
@@ -94,7 +116,9 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
         if not any(tree.matches(p, glob) for glob in family.unneeded)
     }
     rules = family.rules(config, foreign)
-    if homeless := sorted(set(flat) - {p for rule in rules for p in rule.paths}):
+    named_paths = {p for rule in rules for p in rule.paths}
+    flat = {p: leaf for p, leaf in flat.items() if p in named_paths or not p.startswith("mine/")}  # of training alone
+    if homeless := sorted(set(flat) - named_paths):
         raise UserError(f"this layout has no place for {', '.join(homeless)}: adapters, merged into the weights, have made them")
     tensors = keys.tensors(tree.unflatten(flat), rules, dtype or None, change)
     held = dtype or _sizes(tensors).most_common(1)[0][0]
@@ -128,7 +152,7 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
             "them, such as the directory that mmjax.export.without_adapters(model).save_pretrained(...) writes"
         )
     adapter = next(a for a in model.config.adapters if a.name == (name or names[0]))
-    family, foreign = _target(model, "")
+    family, foreign = _target(without_adapters(model), "")
     plain = dataclasses.replace(model.config, quantisation=None)
     under = peft.Base(plain, family, foreign, quantised.dense_shapes(model.params))
     if isinstance(adapter, BottleneckConfig):
@@ -137,11 +161,13 @@ def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", d
     peft.write(model.params, adapter, under, path, base_name=base or next(iter(model.bases), ""), dtype=dtype or None)
 
 
-def without_adapters(model: Model) -> Model:
-    """The model as it is under its adapters."""
-    theirs = tree.flatten(adapters.leaves_of(model.params, _names(model)))
+def without_adapters(model: Model, names: Sequence[str] | None = None) -> Model:
+    """The model as it is under its adapters, all of them or those of these names."""
+    gone = _names(model) if names is None else names
+    theirs = tree.flatten(adapters.leaves_of(model.params, gone))
     flat = {path: leaf for path, leaf in tree.flatten(model.params).items() if path not in theirs}
-    config = dataclasses.replace(model.config, adapters=())
+    left = tuple(adapter for adapter in model.config.adapters if adapter.name not in gone)
+    config = dataclasses.replace(model.config, adapters=left)
     return dataclasses.replace(model, config=config, params=tree.unflatten(flat))
 
 
@@ -167,6 +193,10 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
     if layout not in ("", *LAYOUTS):
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
     whole = model.config.connector is not None
+    if any(isinstance(adapter, AdaptionPromptConfig | NoisePromptConfig) for adapter in model.config.adapters):
+        return _with_prompts(model, layout)
+    if model.family.keeps_adapters and layout in ("", "original"):
+        return model.family, model.foreign
     if model.config.cross_attention is not None:
         return _between_blocks(model, layout)
     if not whole or (not layout and model.family is not composed.FAMILY):
@@ -209,6 +239,29 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
         }
     before = {name: model.foreign[name] for name in ("image_token_index",) if model.foreign.get(name) is not None}
     return family, {"model_type": family.model_types[0], "text_config": text, "vision_config": image, **before, **canvases}
+
+
+def _with_prompts(model: Model, layout: str) -> tuple[Family, Config]:
+    """The same for a model whose adapters plug into layers, which only the layouts of their authors hold."""
+    if model.family.keeps_adapters and layout in ("", "original"):
+        return model.family, model.foreign
+    reasons = []
+    for family, expressible in (
+        (llama_adapter.V1, llama_adapter.not_v1),
+        (llama_adapter.V2, llama_adapter.expressible),
+        (robust_ger.FAMILY, robust_ger.expressible),
+    ):
+        kept = tuple(a for a in model.config.adapters if not isinstance(a, NormConfig))  # merged into the norms
+        why = expressible(dataclasses.replace(model.config, adapters=kept))
+        if not why and layout in ("", "original"):
+            text = model.foreign.get("text_config", model.foreign)
+            ids = {name: text[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if text.get(name) is not None}
+            return family, {"model_type": family.model_types[0], **ids}
+        reasons.append(f"{family.model_types[0]}: {why or 'it is the layout original'}")
+    raise UserError(
+        f"the prompts of {', '.join(_names(model))} do not fit {f'the layout {layout!r}' if layout else 'any layout'} ({'; '.join(reasons)}); "
+        "a workdir keeps them, and so may peft's layout (mmjax.export.save_adapters)"
+    )
 
 
 def _between_blocks(model: Model, layout: str) -> tuple[Family, Config]:
@@ -328,7 +381,7 @@ def _write_rest(model: Model, family: Family, foreign: Config, path: Path) -> No
         write_tokenizer(model.tokenizer, model.template, home, model.image_start, model.image_end)
     if model.connector_tokenizer is not None and model.connector_text:
         write_connector_tokenizer(model.connector_tokenizer, model.connector_text, path)
-    processor = model.image_processor
+    processor = model.image_processor if isinstance(model.image_processor, ImageProcessor) else None
     # What has no file in transformers' layout is not written where the family's code or config.json says it.
     if processor is not None and (is_writable(processor) or processor.tiling != family.tiling(foreign, model.config)):
         strategy = str(foreign.get("vision_feature_select_strategy", ""))

@@ -15,10 +15,21 @@ import math
 from typing import Literal, Sequence
 
 from mmjax import tree
-from mmjax.models import mobilenet_v2, multimodal, perceiver, prefix, qformer
+from mmjax.models import (
+    gated_cross_attention,
+    mobilenet_v2,
+    multimodal,
+    noise_prompt,
+    perceiver,
+    plugged,
+    prefix,
+    qformer,
+    visual_blocks,
+)
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, MobileNetV2Config, ViTConfig
+from mmjax.models.tuning_config import AdaptionPromptConfig, NoisePromptConfig
 from mmjax.training.trainable import Selection
 
 CONVENTION = "2 per multiply-add; trained weights 6N, frozen 4N (2N with nothing trained in front); causal attention half; no remat"
@@ -119,7 +130,7 @@ def training_flops(
             rows, table = _share_of_experts(path, config), per_supervised if _is_head(path, config) else per_token
             table = per_source if _reads_source(path) else table
         if _reads_media(path):
-            rows, table = config.connector.tokens if config.connector else 0, per_tile
+            rows, table = config.connector.tokens if config.connector else _prompts(config), per_tile
         stacked = _is_stacked(path)
         for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
             forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
@@ -144,6 +155,12 @@ def training_flops(
         for layer in crossed.layers:
             passes = 3 if (3, layer - 0.5) >= in_text else 1
             per_token["llm attention"] += _attention(crossed.block) * config.connector.tokens * passes
+    if config.llm is not None and objective == "language":
+        for adapter in config.adapters:
+            if isinstance(adapter, AdaptionPromptConfig | NoisePromptConfig):
+                for layer in _sits(config)[adapter.name]:
+                    passes = 3 if _site("llm/layers/", layer) >= in_text else 1
+                    per_token["llm attention"] += _attention(config.llm.block) * adapter.length * passes
     if isinstance(config.vision, ViTConfig):
         pairs = (config.vision.positions + config.vision.prefix) ** 2 * _views(config)
         for layer in range(used["vision"]):
@@ -154,6 +171,10 @@ def training_flops(
         passes = 3 if _site("connector/layers/", 0) >= first else 1
         # latents read the positions and, there or in a sublayer of its own, each other
         per_tile["connector"] += _attention(perceiver.block_config(c)) * c.latents * (c.pooled + c.latents) * c.depth * passes
+    if config.connector is not None and config.connector.kind == "visual_blocks" and objective == "language":
+        c = config.connector
+        passes = 3 if _site("connector/layers/", 0) >= first else 1
+        per_tile["connector"] += _attention(visual_blocks.block_config(c)) * (c.pooled + c.latents) ** 2 * c.depth * passes
     if config.features.stitching is not None:
         per_tile["connector"] /= 2  # there is room for one picture for every two tiles
     if config.connector is not None and config.connector.kind == "qformer" and objective != "classify":
@@ -189,6 +210,8 @@ def _attention(block: BlockConfig) -> float:
 def _site(path: str, layer: float) -> Site:
     """The order in which gradients must pass: what stands behind a trained site carries them, what stands in front does not."""
     top, second, *rest = path.split("/")
+    if top == "mine":
+        return (5, 0.0)  # no gradient passes through it
     if top == "llm" and second == "encoder":
         return (2, {"layers": 1 + layer, "relative_bias": 1.0}.get(rest[0], math.inf))
     if top == "llm":
@@ -201,16 +224,30 @@ def _site(path: str, layer: float) -> Site:
 
 
 def _place(path: str, layer: int, config: ModelConfig) -> Site:
-    """The site of a leaf's layer; those of a cross-attention stand before the blocks that it sits on."""
-    if path.startswith("llm/plugs/cross_attention/") and config.cross_attention is not None:
-        return (3, config.cross_attention.layers[layer] - 0.5)
+    """The site of a leaf's layer; a plug's stand before the blocks that it sits on, or in them."""
+    if path.startswith("llm/prompts/"):
+        return (2, 0.0)
+    if path.startswith("llm/plugs/"):
+        name = path.split("/")[2]
+        if name == gated_cross_attention.NAME and config.cross_attention is not None:
+            return (3, config.cross_attention.layers[layer] - 0.5)
+        if name in (sits := _sits(config)):
+            return (3, float(sits[name][layer]))
     if "/plugs/" in path:
         adapter = next(adapter for adapter in config.adapters if adapter.name == tree.adapter_of(path))
         layers = getattr(adapter, "layers", ())
         return _site(f"{path.split('/plugs/')[0]}/layers/", layers[layer] if layers else layer)
-    if path.startswith("llm/prompts/"):
-        return (2, 0.0)
     return _site(path, layer)
+
+
+def _prompts(config: ModelConfig) -> int:
+    """The prompts that a noise embedding moves."""
+    return sum(adapter.length for adapter in config.adapters if isinstance(adapter, NoisePromptConfig))
+
+
+def _sits(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The layers of the LLM on which the plugs of adapters sit, by name."""
+    return {plug.name: plug.layers for plug in plugged.plugs(config, "llm")} if config.llm is not None else {}
 
 
 def _first_in_text(trained: set[tuple[str, int]], config: ModelConfig) -> Site:
@@ -220,6 +257,9 @@ def _first_in_text(trained: set[tuple[str, int]], config: ModelConfig) -> Site:
     if config.cross_attention is not None:
         reads: Site = (3, config.cross_attention.layers[0] - 0.5)
         sites = [max(site, reads) if site < (2, 0.0) else site for site in sites]
+    if config.media_beside and (sits := _sits(config)):
+        begin: Site = (3, float(min(layers[0] for layers in sits.values())))
+        sites = [max(site, begin) if site < (2, 0.0) else site for site in sites]
     return min(sites, default=(5, 0.0))  # behind everything
 
 
@@ -249,6 +289,10 @@ def _share_of_experts(path: str, config: ModelConfig) -> float:
 def _rows(path: str, config: ModelConfig, objective: str, beside: int) -> float:
     """How many positions of a tile a weight outside the LLM is applied to; 0 where it is not used."""
     if path.startswith("connector/"):
+        if config.connector and config.connector.kind == "visual_blocks":
+            c = config.connector
+            whole = 0 if objective != "language" else c.pooled if path.startswith("connector/project_in/") else c.pooled + c.latents
+            return c.latents if whole and path.startswith("connector/project_out/") else whole
         if config.connector and config.connector.kind == "qformer" and objective != "classify":
             return _qformer_rows(path, config.connector, objective, beside)
         return _connector_rows(path, config.connector) if config.connector and objective == "language" else 0
@@ -261,7 +305,7 @@ def _rows(path: str, config: ModelConfig, objective: str, beside: int) -> float:
     vision, views = config.vision, _views(config)
     if path.startswith("vision/patch"):
         return vision.positions * views
-    if path.startswith(("vision/layers", "vision/plugs")):
+    if path.startswith(("vision/layers", "vision/plugs")) or (path.startswith("vision/projection") and config.features.projected):
         return (vision.positions + vision.prefix) * views
     if objective != "classify" or path.startswith(("vision/projection", "vision/pooler")):
         return 0
@@ -333,8 +377,11 @@ def _reads_source(path: str) -> bool:
 
 
 def _reads_media(path: str) -> bool:
-    """Whether a weight of the LLM is applied to media tokens: those that project them for a cross-attention between blocks."""
-    return path.startswith(("llm/plugs/cross_attention/cross_attention/key/", "llm/plugs/cross_attention/cross_attention/value/"))
+    """Whether a weight of the LLM is applied to media tokens: those that project them for a cross-attention between blocks, or a noise
+    embedding for prompts."""
+    start = "llm/plugs/cross_attention/cross_attention/"
+    named = path.startswith("llm/plugs/") and path.split("/")[3] in noise_prompt.NAMES
+    return path.startswith((f"{start}key/", f"{start}value/")) or named
 
 
 def _is_head(path: str, config: ModelConfig) -> bool:

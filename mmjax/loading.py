@@ -9,6 +9,7 @@ from typing import Any
 from mmjax import hub, published, tree
 from mmjax.checkpoints import adapterhub, peft, weights
 from mmjax.data import templates
+from mmjax.data.instructions import Embeddings
 from mmjax.data.templates import Template
 from mmjax.errors import UserError
 from mmjax.families import keys, llava_llama, minigpt4
@@ -17,7 +18,7 @@ from mmjax.models import connectors, multimodal, quantised
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.quantised import Quantisation
-from mmjax.models.tuning_config import Adapter
+from mmjax.models.tuning_config import Adapter, NoisePromptConfig
 from mmjax.parallel.sharding import mesh_of
 from mmjax.preprocessing import (
     has_tokenizer,
@@ -100,7 +101,7 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
     generation = [place / "generation_config.json" for place in source.places]
     generation = [path for path in generation if path.is_file()]
     tokenizer = next((read_tokenizer(place) for place in source.places if has_tokenizer(place)), None)
-    processor = None
+    processor: Any = None
     if source.config.vision is not None:
         processor = read_image_processor(directory, source.config)
         if processor is None and source.config.connector is not None:
@@ -113,6 +114,8 @@ def from_published(source: Published, params: Params, dtype: str, template: str)
                 processor = dataclasses.replace(processor, aspect=aspect)
         if processor is not None and processor.tiling is None and (cut := source.family.tiling(foreign, source.config)):
             processor = dataclasses.replace(processor, tiling=cut, aspect="squash")
+    if (noise := next((a for a in source.config.adapters if isinstance(a, NoisePromptConfig)), None)) is not None:
+        processor = Embeddings((noise.length, noise.channels))
     beside, beside_length = read_connector_tokenizer(directory, source.config)
     delimited = bool(foreign.get("mm_use_im_start_end", False))
     return Model(

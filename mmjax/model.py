@@ -181,6 +181,7 @@ class Model:
             media_positions=self._media_positions,
             placeholder=self._placeholder(),
             start_token=start,
+            media_apart=self._media_apart(),
             beside=self.text_beside(self.connector_text) if self.connector_text else None,
             virtual=prompts.count(self.config),
             tasks=prompts.tasks(self.config),
@@ -198,6 +199,12 @@ class Model:
         if self.image_processor is not None and self.image_processor.tiling is not None:
             raise UserError("a model that reads pictures between its blocks takes each as one tile: its image processor cuts none")
         return id
+
+    def _media_apart(self) -> bool:
+        """Whether pictures stand beside the text. Raises UserError where they are cut into tiles."""
+        if self.config.media_beside and self.image_processor is not None and self.image_processor.tiling is not None:
+            raise UserError("a picture that stands beside the text is one tile: its image processor cuts none")
+        return self.config.media_beside
 
     def text_beside(self, length: int) -> TextBeside:
         """How so many tokens of text are read beside a picture. Raises UserError where the connector has no tokenizer."""
@@ -228,7 +235,8 @@ class Model:
         known = {"mask": self.config.mask, "media_positions": self._media_positions, "beside_length": beside}
         known |= {"virtual": prompts.count(self.config)}
         known |= {"stitched": self.config.features.stitching is not None}
-        known |= {"row_media": 0} if self.config.cross_attention is not None else {}
+        known |= {"row_media": 0, "media_apart": False} if self.config.cross_attention is not None else {}
+        known |= {"row_media": 0, "media_apart": True} if self.config.media_beside else {}
         return collate(rows, **{**known, **settings})
 
     @property

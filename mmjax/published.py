@@ -158,7 +158,7 @@ def load_leaves(source: Published, *, dtype: Any, shardings: Params | None = Non
         absent = [r for r in own if not any(name in stored for name in keys.names(r, shapes))]
         if absent and (absent == own or part in source.family.partial):
             other = quantised_as(open_published(locate(name, source.directory)), source.config.quantisation)
-            found = load_part(other, part, dtype=dtype, shardings=shardings, check_finite=check_finite)
+            found = load_part(other, part, dtype=dtype, shardings=shardings, check_finite=check_finite, heads=True)
             elsewhere = tree.merge(elsewhere, _picked(found, absent, shapes, other.directory))
             rules = [r for r in rules if r not in absent]
     return tree.merge(_load(source, stored, rules, dtype, shardings, check_finite), elsewhere)
@@ -177,17 +177,23 @@ def _picked(found: Params, rules: list[Rule], shapes: Params, where: Path) -> Pa
 
 
 def load_part(
-    source: Published, part: str, *, dtype: Any, shardings: Params | None = None, check_finite: bool = True
+    source: Published,
+    part: str,
+    *,
+    dtype: Any,
+    shardings: Params | None = None,
+    check_finite: bool = True,
+    heads: bool = False,
 ) -> Params:
     """One part ("llm", "vision") of a published model, whatever else the directory holds.
 
-    An encoder's projection and classification heads stay behind: a connector does not read them.
+    Without `heads` an encoder's projection and classification heads stay behind: few connectors read them.
     """
     rules = source.family.rules(source.config, source.foreign)
     shapes, stored = dense_shapes(source.config), _stored(source)
     keys.check(stored, rules, shapes, **_expected(source))
-    heads = ("vision/projection/", "vision/head/")
-    rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(heads)]
+    behind = () if heads else ("vision/projection/", "vision/head/")
+    rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(behind)]
     wanted = {name for r in rules for name in keys.names(r, shapes)}
     stored = {name: tensor for name, tensor in stored.items() if name in wanted}
     return _load(source, stored, rules, dtype, shardings, check_finite)

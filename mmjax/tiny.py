@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from mmjax.config import Adapter, Evaluation, Model, Part, Recipe, Source, Stage
 from mmjax.models.tuning_config import fields as fields_of
@@ -37,19 +37,26 @@ be put together by 4 and by 9."""
 SAMPLES = 64  # of a drawn source
 
 
+class Drawing(NamedTuple):
+    """What is drawn for a recipe: pictures cut into `tiles`, so of several shapes; pictures at all, or (not `seen`) words in their place."""
+
+    tiles: bool
+    seen: bool
+
+
 def tiny(recipe: Recipe) -> Recipe:
     """The recipe with small fresh parts, a few steps and drawn data (handwritten digits, a tokenizer trained on the questions).
 
     Only sizes, steps and data change: stages, what they train, connector, ports, masks and templates stay.
     """
+    text_alone = bool(recipe.model.llm.path or recipe.model.llm.config) and not (recipe.model.vision.path or recipe.model.vision.config)
+    drawing = Drawing(bool(recipe.model.image.tiling), not text_alone)
     return dataclasses.replace(
         recipe,
         name=f"{recipe.name}_tiny",
         model=_model(recipe.model),
-        stages={name: _stage(stage, bool(recipe.model.image.tiling)) for name, stage in recipe.stages.items()},
-        evaluations={
-            name: _evaluation(evaluation, bool(recipe.model.image.tiling)) for name, evaluation in recipe.evaluations.items()
-        },
+        stages={name: _stage(stage, drawing) for name, stage in recipe.stages.items()},
+        evaluations={name: _evaluation(evaluation, drawing) for name, evaluation in recipe.evaluations.items()},
         checkpoint=dataclasses.replace(recipe.checkpoint, every=2),
         logging=dataclasses.replace(recipe.logging, every=1),
         generate=dataclasses.replace(recipe.generate, max_new_tokens=8),
@@ -58,7 +65,7 @@ def tiny(recipe: Recipe) -> Recipe:
 
 def _model(model: Model) -> Model:
     queries: dict[str, Any] = {}
-    if "perceiver" in model.connector.kind or model.connector.kind == "qformer":
+    if "perceiver" in model.connector.kind or model.connector.kind in ("qformer", "visual_blocks"):
         sizes = {"depth": 2, "latents": 4, "heads": 2, "head_dim": 16}
         queries = {name: min(getattr(model.connector, name) or size, size) for name, size in sizes.items()}
     if model.connector.text_vocab:
@@ -102,6 +109,10 @@ def _adapter(adapter: Adapter) -> Adapter:
     if "rank" in read:
         small |= {"rank": min(adapter.rank, 4), "alpha": adapter.alpha * min(adapter.rank, 4) / adapter.rank}
     small |= {name: min(getattr(adapter, name), most) for name, most in (("tokens", 4), ("encoder_width", 16)) if name in read}
+    if "depth" in read:
+        small["depth"] = min(adapter.depth, SIZES["num_hidden_layers"] - 1)
+    if adapter.kind == "adaption_prompt":  # the embeddings of drawn data, which noise prompts read, are as large as real ones
+        small["length"] = min(adapter.length, 4)
     return dataclasses.replace(adapter, **small)
 
 
@@ -116,38 +127,41 @@ def _size(field: str, value: Any, config: dict[str, Any]) -> Any:
     return SIZES.get(field, value)
 
 
-def _stage(stage: Stage, tiles: bool) -> Stage:
-    """`tiles`: the recipe cuts pictures into tiles."""
+def _stage(stage: Stage, drawing: Drawing) -> Stage:
     return dataclasses.replace(
         stage,
-        sources={name: _source(source, "train", tiles) for name, source in stage.sources.items()},
+        sources={name: _source(source, "train", drawing) for name, source in stage.sources.items()},
         validation=dataclasses.replace(
             stage.validation,
-            sources={name: _source(source, "held_out", tiles) for name, source in stage.validation.sources.items()},
+            sources={name: _source(source, "held_out", drawing) for name, source in stage.validation.sources.items()},
             every=min(stage.validation.every, 2),
             batches=min(stage.validation.batches, 2),
         ),
         steps=4,
         epochs=0.0,
         rows=8,
-        length=min(stage.length, 32) if stage.objective == "contrastive" else 256 if tiles else 160,
+        length=min(stage.length, 32) if stage.objective == "contrastive" else 256 if drawing.tiles else 160,
         answer_length=min(stage.answer_length, 64),
-        tiles=min(stage.tiles, 6 if tiles else 2),
+        tiles=min(stage.tiles, 6 if drawing.tiles else 2),
         accumulate=min(stage.accumulate, 2),
     )
 
 
-def _evaluation(evaluation: Evaluation, tiles: bool) -> Evaluation:
-    source = _source(evaluation.source, "held_out", tiles)
+def _evaluation(evaluation: Evaluation, drawing: Drawing) -> Evaluation:
+    source = _source(evaluation.source, "held_out", drawing)
     return dataclasses.replace(evaluation, source=source, max_new_tokens=8, batch=8, limit=16, samples=4)
 
 
-def _source(source: Source, split: str, tiles: bool) -> Source:
-    """Drawn data in place of a file's; what is drawn already stays what it is, with fewer samples. For tiles, of several shapes."""
-    if source.kind in ("digits", "digit_facts"):
+def _source(source: Source, split: str, drawing: Drawing) -> Source:
+    """Drawn data in place of a file's; what is drawn already stays what it is, with fewer samples."""
+    if source.kind == "hypotheses":
+        return Source(kind="drawn_hypotheses", weight=source.weight, options={"split": split, "size": SAMPLES})
+    if source.kind in ("digits", "digit_facts", "drawn_hypotheses"):
         return dataclasses.replace(source, options={**source.options, "size": SAMPLES})
     task = "caption" if source.kind == "captions" else "questions"
     prompts: dict[str, Any] = {key: value for key, value in source.options.items() if key in ("prompts", "system", "task_id")}
-    shapes: dict[str, Any] = {"canvas": "any"} if tiles else {}
+    if source.kind == "alpaca" or not drawing.seen:
+        return Source(kind="digit_facts", weight=source.weight, options={"split": split, "size": SAMPLES, **prompts})
+    shapes: dict[str, Any] = {"canvas": "any"} if drawing.tiles else {}
     options: dict[str, Any] = {"split": split, "task": task, "size": SAMPLES, **shapes, **prompts}
     return Source(kind="digits", weight=source.weight, options=options)

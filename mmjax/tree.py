@@ -92,7 +92,7 @@ def is_stacked(path: str) -> bool:
 
 def adapter_of(path: str) -> str:
     """The name of the adapter whose leaf this is, wherever it stands; "" for any other."""
-    found = re.search(r"/(?:adapters|prompts|plugs)/([^/]+)/", path)
+    found = re.search(r"(?:/(?:adapters|prompts|plugs)|^mine)/([^/]+)/", path)
     return found[1] if found and found[1] != "cross_attention" else ""
 
 

@@ -19,7 +19,8 @@ from mmjax.data.templates import Segment, Template
 from mmjax.errors import UserError
 from mmjax.families import anymal, flamingo, keys, moondream_2024, vila
 from mmjax.families import minigpt4 as minigpt4_family
-from mmjax.models import connectors, gated_cross_attention, image_text, multimodal, perceiver
+from mmjax.families import robust_ger as robust_ger_family
+from mmjax.models import connectors, gated_cross_attention, image_text, mine, multimodal, perceiver
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
@@ -253,6 +254,39 @@ def adapted(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -
     return {**found, **{f"base_{name}": value for name, value in base.items()}}
 
 
+def llama_adapter(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """What was generated goes on from the first row's first six tokens."""
+    model = mmjax.load(directory)
+    found: Arrays = dict(model(inputs))
+    if "generated_ids" in wanted:
+        first = {name: value[:1] for name, value in inputs.items() if name in ("tokens", "imgs")}
+        first["tokens"] = first["tokens"][:, :6]
+        found["generated_ids"] = model.generate(first, max_new_tokens=16, ignore_eos=True)
+    return found
+
+
+def robust_ger(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """What was generated goes on from the first row."""
+    model = mmjax.load(directory)
+    found: Arrays = dict(model(inputs))
+    if "generated_ids" in wanted:
+        first = {name: value[:1] for name, value in inputs.items()}
+        found["generated_ids"] = model.generate(first, max_new_tokens=16, ignore_eos=True)
+    return found
+
+
+def robust_ger_mine(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    widths = config["input_dim1"], config["input_dim2"], config["n_state"]
+    shapes = jax.eval_shape(lambda: mine.init(jax.random.key(0), *widths))
+    params = keys.load(weights.read(directory), robust_ger_family.mine_rules(), shapes, dtype="float32", where=directory)
+    audio = inputs["audio_features"]
+    return {
+        "raw": mine.score(params, inputs["emb_diff"], audio, raw=True),
+        "raw_negated": mine.score(params, -inputs["emb_diff"], audio, raw=True),
+        "mid": mine.score(params, inputs["mid"], audio, raw=False),
+    }
+
+
 def _turns(config: Arrays) -> list[list[str]]:
     """What the user and the model say in each row, in turn, as the reference writes it before it tokenises."""
     samples, end, asks = config["samples"], config["end_sym"], config["prompt_template"].format
@@ -303,12 +337,16 @@ PARTS = {
     "flamingo_gated_xattn": gated_cross_attention_block,
     "flamingo_perceiver": flamingo_perceiver,
     "lavis_qformer": lavis_qformer,
+    "llama_adapter_v1": llama_adapter,
+    "llama_adapter_v2": llama_adapter,
     "minigpt4": minigpt4,
     "moondream1_projection": moondream1_projection,
     "moondream2_may2024_vision": moondream2_may2024_vision,
     "otter_gated_xattn": gated_cross_attention_block,
     "otter_perceiver": flamingo_perceiver,
     "peft_bottleneck_adapter": adapted,
+    "robust_ger": robust_ger,
+    "robust_ger_mine": robust_ger_mine,
     "vila_projector": vila_projector,
     **dict.fromkeys(("peft_lora", "peft_rslora", "peft_dora", "peft_ia3", "peft_ln_tuning"), beside_weights),
     **dict.fromkeys(("peft_prompt_tuning", "peft_p_tuning", "peft_prefix_tuning", "peft_multitask_prompt_tuning"), in_front),

@@ -23,8 +23,8 @@ NAMES = (
 
 
 def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
-    """The tensors of a weight file, or of the first of `names` that a directory has. Nothing is read yet but the
-    headers.
+    """The tensors of a weight file, or of the first of `names` that a directory has (without any, of its only .pth file). Nothing is
+    read yet but the headers.
     """
     path = Path(path)
     if path.is_dir():
@@ -39,8 +39,11 @@ def read(path: str | Path, names: tuple[str, ...] = NAMES) -> dict[str, Stored]:
 
 
 def files(directory: Path, names: tuple[str, ...] = NAMES) -> list[Path]:
-    """The weight files of a directory, by these names; else those that llm-awq wrote beside a config.json."""
-    return [directory / name for name in names if (directory / name).is_file()] or sorted(directory.glob("*awq*.pt"))
+    """The weight files of a directory, by these names; else those that llm-awq wrote beside a config.json, or the only .pth file,
+    whatever it is called."""
+    found = [directory / name for name in names if (directory / name).is_file()] or sorted(directory.glob("*awq*.pt"))
+    freely = sorted(directory.glob("*.pth")) if names == NAMES else []
+    return found or (freely if len(freely) == 1 else [])
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -27,6 +27,7 @@ def collate(
     stitched: bool = False,
     beside_length: int = 0,
     virtual: int = 0,
+    media_apart: bool = False,
 ) -> Batch:
     """A Batch of these rows, each with one or several samples, padded on the right.
 
@@ -40,6 +41,7 @@ def collate(
                   has; None = their tokens stand in the text
     answer_length   positions of an encoder-decoder's decoder; 0 = as many as the longest row of answers has
     stitched      whether the tiles of an image are stitched into one map: two of them at least, an overview and a grid
+    media_apart     images stand beside the text: `row_media` says which are a row's, and nothing in the text does
     beside_length   tokens of the text that a Q-Former reads beside a tile; 0 = it reads none
     virtual       places in front of every sample that are virtual tokens' (Encoder.virtual)
 
@@ -56,7 +58,7 @@ def collate(
     if virtual and length:
         fields |= _virtual(rows, length, virtual)
     if row_media is not None and length and tiles:
-        fields |= _crossed(grouped, fields["media"], row_media)
+        fields |= (_apart if media_apart else _crossed)(grouped, fields["media"], row_media)
     answers = [sum(len(e.decoder_ids) for e in row if e.decoder_ids is not None) for row in rows]
     if answer_length or any(answers):
         fields |= _answers(rows, answer_length or max(answers))
@@ -137,6 +139,27 @@ def _crossed(grouped: Sequence[Sequence[Sequence[Example]]], media: np.ndarray, 
     return fields
 
 
+def _apart(grouped: Sequence[Sequence[Sequence[Example]]], media: np.ndarray, count: int) -> dict[str, np.ndarray]:
+    """The fields of a batch whose images stand beside the text."""
+    rows = [row for group in grouped for row in group]
+    count = count or max(1, max(sum(example.tile_count for example in row) for row in rows))
+    fields = {name: np.full((len(rows), count), fill, np.int32) for name, fill in (("row_media", -1), ("media_segments", 0))}
+    number = 0
+    for group in grouped:
+        tile = 0  # of the group
+        for row in group:
+            slot = 0
+            for segment, example in enumerate(row, 1):
+                if slot + example.tile_count > count:
+                    raise ValueError(f"a row holds {slot + example.tile_count} images, more than {count}; the last is of sample {example.id}")
+                those = number, slice(slot, slot + example.tile_count)
+                fields["row_media"][those] = np.arange(tile, tile + example.tile_count)
+                fields["media_segments"][those] = segment
+                slot, tile = slot + example.tile_count, tile + example.tile_count
+            number += 1
+    return fields
+
+
 def _answers(rows: Sequence[Sequence[Example]], length: int) -> dict[str, np.ndarray]:
     """What an encoder-decoder's decoder reads and predicts; samples have the segments that they have in `tokens`."""
     fields = {name: np.zeros((len(rows), length), np.int32) for name in ("decoder_tokens", "decoder_segments", "targets")}
@@ -198,5 +221,20 @@ def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...])
             if at > tiles:
                 raise ValueError(f"a group holds {at} tiles, more than {tiles}; the last is of sample {example.id}")
             pixels[here], real[here], classes[here] = example.pixels, True, example.category
-    fields = {"images" if len(shape) == 3 else "features": pixels, "tiles": real}
+    fields = {"images" if len(shape) == 3 else "features": pixels, "tiles": real} | _audio(fed, tiles)
     return fields | {"classes": classes} if (classes >= 0).any() else fields
+
+
+def _audio(fed: Sequence[Sequence[Example]], tiles: int) -> dict[str, np.ndarray]:
+    """Audio features beside noise embeddings; nothing where no example has any."""
+    found = next((example.audio for group in fed for example in group if example.audio is not None), None)
+    if found is None:
+        return {}
+    audio = np.zeros((len(fed), tiles, *found.shape[1:]), np.float32)
+    for group, examples in enumerate(fed):
+        at = 0
+        for example in examples:
+            if example.audio is not None:
+                audio[group, at : at + example.tile_count] = example.audio
+            at += example.tile_count
+    return {"audio": audio}

@@ -39,6 +39,7 @@ class Example:
     weight     of its supervised positions in the loss
     decoder_ids, decoder_labels   int32 [m], of an encoder-decoder, whose encoder reads `ids`: what its decoder reads, and the id
             to be predicted from each of these positions, else -100
+    audio      float [tiles, 2, width] beside a noise embedding: means of noisy and clean audio features
     beside     for each image the text that a Q-Former reads beside it, int32 [any]; () = none
     task       the number of its task, which multi-task prompts read
     """
@@ -58,6 +59,7 @@ class Example:
     decoder_labels: np.ndarray | None = None
     beside: tuple[np.ndarray, ...] = ()
     task: int = 0
+    audio: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if len(self.tiles) != len(self.images):
@@ -83,6 +85,7 @@ class Encoder:
     placeholder              where the blocks read images by cross-attention: the id of the one token that stands for an image in the text
     start_token              of an encoder-decoder: what its decoder begins with; None = the model has no encoder of text
     max_answer               longer answers of an encoder-decoder are cut; 0 = no limit
+    media_apart              an image stands beside the text and takes no position in it; a sample has one
     beside                   how a Q-Former is told what the user says; None = it reads no text
     virtual                  places in front of every sample that prompts take (mmjax.models.prompts); ids are 0 there
     tasks                    tasks that multi-task prompts know; 0 = there are none
@@ -107,6 +110,7 @@ class Encoder:
     beside: TextBeside | None = None
     virtual: int = 0
     tasks: int = 0
+    media_apart: bool = False
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -127,6 +131,8 @@ class Encoder:
         answer = ""
         if self.start_token is not None and not generation_prompt:
             segments, answer = self._parted(sample.id, segments)
+        if self.media_apart and sum(segment.image is not None for segment in segments) > 1:
+            raise BadSample(sample.id, "it has several images; one that stands beside the text is alone")
         ids, labels, media = [], [], []  # of each chunk
         tiles: list[int] = []
         shown, spans = [], []  # of each image: the part; its first position and the one behind it
@@ -250,7 +256,7 @@ class Encoder:
         """How its examples are collated, as keyword arguments."""
         beside = self.beside.length if self.beside else 0
         known = {"mask": self.mask, "media_positions": self.media_positions, "stitched": self.stitched, "virtual": self.virtual}
-        return {**known, "beside_length": beside}
+        return {**known, "beside_length": beside, "media_apart": self.media_apart}
 
     @property
     def stitched(self) -> bool:
@@ -269,6 +275,9 @@ class Encoder:
         """Image parts, and the runs of text segments between them with the delimiters joined on."""
         chunks: list[dict[str, Any] | list[Segment]] = []
         run: list[Segment] = []
+        if self.media_apart:  # the text is one, wherever in it a template has the image
+            chunks += [segment.image for segment in segments if segment.image is not None]
+            segments = [segment for segment in segments if segment.image is None]
         for segment in segments:
             if segment.image is None:
                 if self.template.apart and run and segment.supervised != run[-1].supervised:

@@ -191,7 +191,7 @@ class Pipeline:
             tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
             media_shape=shape,
             **(self.encoder.collation if self.encoder else {}),
-            row_media=self.stage.tiles if self.encoder and self.encoder.placeholder is not None else None,
+            row_media=self.stage.tiles if self.encoder and (self.encoder.placeholder is not None or self.encoder.media_apart) else None,
             answer_length=self.answer_length,
         )
         if self.stage.objective == "classify" and batch.classes is None and batch.tiles is not None:
@@ -234,7 +234,13 @@ class Pipeline:
                 raise BadSample(example.id, str(error)) from error
             if len(pixels[-1]) != tiles:
                 raise BadSample(example.id, f"its picture {number + 1} has {len(pixels[-1])} tiles, not {tiles} as its size says")
-        return dataclasses.replace(example, pixels=np.concatenate(pixels))
+        return dataclasses.replace(example, pixels=np.concatenate(pixels), audio=self._audio(name, example))
+
+    def _audio(self, name: str, example: Example) -> np.ndarray | None:
+        """What the source has of audio beside a sample's noise embedding."""
+        audio = getattr(self.datasets[name], "audio", None)
+        found = audio(example.images[0]["path"]) if audio is not None and self.stage.noise_distillation else None
+        return None if found is None else found[None]
 
     def _pixels(self, name: str, part: dict[str, Any], flipped: bool) -> np.ndarray:
         """What is fed for one image part of source `name`: its tiles."""

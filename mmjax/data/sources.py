@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax import config
-from mmjax.data import images, in_context, interleaved, messages, pairs, stores
+from mmjax.data import images, in_context, instructions, interleaved, messages, pairs, stores
 from mmjax.data.messages import PLACEHOLDER, BadSample, Sample
 from mmjax.data.rows import open_rows
 from mmjax.errors import UserError
@@ -262,6 +262,16 @@ def _pairs(source: config.Source) -> Dataset:
     return pairs.Pairs(source.path, source.images, **source.options)
 
 
+def _hypotheses(source: config.Source) -> Dataset:
+    _known_options(source, ("most", "joint"))
+    return instructions.Hypotheses(source.path, source.images, **source.options)  # type: ignore[return-value]
+
+
+def _drawn_hypotheses(source: config.Source) -> Dataset:
+    _known_options(source, ("split", "size", "seed", "embeddings", "width", "audio"))
+    return instructions.DrawnHypotheses(**source.options)  # type: ignore[return-value]
+
+
 def _mimic_it(source: config.Source) -> Dataset:
     _known_options(source, ("shots",))
     return pairs.MimicIt(source.path, source.images, **source.options)
@@ -288,6 +298,9 @@ OPENERS: dict[str, Callable[[config.Source], Dataset]] = {
     "mimic_it": _mimic_it,
     "mmc4": _mmc4,
     "obelics": _obelics,
+    "alpaca": _rows_opener(instructions.from_alpaca),
+    "hypotheses": _hypotheses,
+    "drawn_hypotheses": _drawn_hypotheses,
     "digits": _digits,
     "digit_facts": _digit_facts,
 }

@@ -18,7 +18,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from mmjax.data import document_templates, prefix_templates, qformer_templates
+from mmjax.data import document_templates, instruction_templates, prefix_templates, qformer_templates
 from mmjax.data.messages import PLACEHOLDER, Message, images
 from mmjax.errors import UserError
 
@@ -384,6 +384,7 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "llama_3": (_LLAMA_3, _LLAMA_2, ("<|end_of_text|>",), _LLAMA_3_MARKS),
     "doubutsu": (_DOUBUTSU, _SEES, ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
+    **instruction_templates.NAMED,
     **document_templates.NAMED,
     **qformer_templates.NAMED,
     **prefix_templates.NAMED,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from mmjax import drawing
@@ -15,7 +16,7 @@ from mmjax.config import Evaluation, Recipe
 from mmjax.data import messages, sources
 from mmjax.data.messages import BadSample, Sample
 from mmjax.errors import UserError
-from mmjax.evaluation import answers, blind, captions
+from mmjax.evaluation import answers, blind, captions, word_errors
 from mmjax.evaluation.answers import Score
 from mmjax.evaluation.few_shot import Examples
 from mmjax.inference.answering import answer
@@ -24,7 +25,7 @@ from mmjax.results import record
 
 log = logging.getLogger(__name__)
 
-METRICS = ("accuracy", "bleu", "cider")
+METRICS = ("accuracy", "bleu", "cider", "wer")
 
 
 def evaluate(model: Model, recipe: Recipe, workdir: Path) -> dict[str, float]:
@@ -72,6 +73,8 @@ def _evaluate_one(
         figures |= _accuracy(samples, given, evaluation, name, workdir)
     if {"bleu", "cider"} & set(evaluation.metrics):
         figures |= _captions(samples, given, evaluation)
+    if "wer" in evaluation.metrics:
+        figures |= _word_errors(samples, given)
     _write(samples, given, evaluation, workdir / f"answers_{name}.jsonl")
     shown = _spread(samples, evaluation.samples)
     pictures = [_drawn(samples[i], given[""][i], dataset, "accuracy" in evaluation.metrics) for i in shown]
@@ -153,6 +156,18 @@ def _captions(samples: Sequence[Sample], given: dict[str, list[str]], evaluation
     return figures
 
 
+def _word_errors(samples: Sequence[Sample], given: dict[str, list[str]]) -> dict[str, float]:
+    """Word error rates in per cent, as written and without case and marks; of an answer the first line counts."""
+    said, figures = [sample.answers[0] if sample.answers else "" for sample in samples], dict[str, float]()
+    for source, texts in given.items():
+        suffix, written = f"_{source}" if source else "", [text.strip().split("\n")[0].strip() for text in texts]
+        plain = [[word_errors.plain(text) for text in side] for side in (written, said)]
+        figures[f"wer{suffix}"] = 100 * word_errors.word_error_rate(written, said)
+        figures[f"wer_plain{suffix}"] = 100 * word_errors.word_error_rate(*plain)
+        print(f"{source or 'word errors':>14}: {figures[f'wer{suffix}']:.1f} %, {figures[f'wer_plain{suffix}']:.1f} % without case and marks")
+    return figures
+
+
 def _of(key: str, suffix: str) -> bool:
     """Whether a figure of captions belongs to this way of answering ("" = with the image)."""
     return key.endswith(suffix) if suffix else key in ("cider_d", *(f"bleu{n}" for n in range(1, captions.ORDER + 1)))
@@ -194,6 +209,7 @@ def _drawn(sample: Sample, text: str, dataset: sources.Dataset, scored: bool) ->
     image = None
     if shown:
         image = dataset.image(shown[0]["path"]) if "path" in shown[0] else shown[0]["image"]
+        image = image if isinstance(image, Image.Image) else None  # an embedding is not shown
     right = answers.is_right(text, sample.answers) if scored else None
     return drawing.Answer(_question(sample), text, sample.answers[0] if sample.answers else "", right, image)
 

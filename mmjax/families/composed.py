@@ -104,7 +104,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
 
 def connector_rules(config: ConnectorConfig) -> list[Rule]:
     """Every kind of connector under `connector.`, named as our leaves are."""
-    if config.resamples or config.kind == "qformer" or config.own is not None:
+    if config.resamples or config.kind in ("qformer", "visual_blocks") or config.own is not None:
         return _layered_rules(config)
     centred = config.norm == "layer"
     table = norm("connector.input_norm", "connector/input_norm", centred) if config.input_norm else []

@@ -58,6 +58,7 @@ class Family:
                    or repository id
     partial        of these parts a directory may hold some tensors only, the others being where `external` says
     tokens         (field of config.json, token whose id it is): asked of the directory's tokenizer where it is absent
+    keeps_adapters   the kinds of adapters (mmjax.models.tuning_config) that the layout keeps apart; others are merged into the weights
     keeps_rows     the layout keeps vocabulary rows beyond the tables apart
     unneeded       globs of our leaves that the family has no place for because it never uses them
     tiling         (config.json, shapes) -> how pictures are cut where no image processor's file says it; None = not at all
@@ -87,6 +88,7 @@ class Family:
     external: Callable[[Config], dict[str, str]] = lambda config: {}
     partial: tuple[str, ...] = ()
     tokens: tuple[tuple[str, str], ...] = ()
+    keeps_adapters: tuple[type, ...] = ()
     keeps_rows: bool = False
     unneeded: tuple[str, ...] = ()
     tiling: Callable[[Config, ModelConfig], Tiling | None] = lambda foreign, config: None

@@ -197,7 +197,7 @@ def language_rules(config: ModelConfig, text: Config, layout: flamingo.Layout, h
 def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
     assert config.connector is not None and isinstance(config.vision, ViTConfig)
     image = foreign["vision_config"]
-    tower = _tower_rules(config.vision) if _is_open_clip(image) else parts.vision(image, "vision_config").rules(config, image)
+    tower = tower_rules(config.vision) if _is_open_clip(image) else parts.vision(image, "vision_config").rules(config, image)
     return [
         *language_rules(config, foreign["text_config"], "open_flamingo", foreign.get("lang_encoder_head", "")),
         *prefixed("perceiver.", flamingo.resampler_rules(config.connector, "open_flamingo")),
@@ -205,7 +205,7 @@ def _rules(config: ModelConfig, foreign: Config) -> list[Rule]:
     ]
 
 
-def _tower_rules(encoder: ViTConfig) -> list[Rule]:
+def tower_rules(encoder: ViTConfig) -> list[Rule]:
     """open_clip's names of a CLIP tower."""
     theirs, ours = "transformer.resblocks.{i}.", "vision/layers/"
     fused = [f"{ours}attention/{name}" for name in ("query", "key", "value")]

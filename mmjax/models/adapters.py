@@ -107,7 +107,7 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
         for place in places(params, config, adapter):
             if getattr(adapter, "dropout", 0.0) and place.path.startswith("llm/plugs/"):
                 raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {place.path}")
-            leaves: Leaves = {name: jnp.zeros(_cut(flat[of].shape, place)) for name, of in _originals(place).items()}
+            leaves = {name: jnp.zeros(_cut(flat[of].shape, place)) for name, of in _originals(place).items()}
             shape = () if leaves else _cut(flat[_weight_at(place.path)].shape, place)
             if place.rank and f"{place.at}/lora_a" not in flat:
                 key, own = jax.random.split(key)
@@ -227,7 +227,9 @@ def _to_merge(params: Params, config: ModelConfig) -> tuple[Leaves, dict[str, li
 def leaves_of(params: Params, names: Sequence[str]) -> Params:
     """The leaves of the adapters of these names, wherever they stand."""
     places = tuple(f"/{port}/{name}/" for name in names for port in ("adapters", "plugs", "prompts"))
-    return tree.unflatten({p: leaf for p, leaf in tree.flatten(params).items() if any(place in p for place in places)})
+    starts = tuple(f"mine/{name}/" for name in names)
+    flat = tree.flatten(params)
+    return tree.unflatten({p: leaf for p, leaf in flat.items() if p.startswith(starts) or any(place in p for place in places)})
 
 
 def names(place: Place, flat: Mapping[str, Any]) -> list[str]:

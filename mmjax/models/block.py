@@ -23,8 +23,8 @@ KeysValues = tuple[jax.Array, jax.Array]
 
 class Extra(NamedTuple):
     """Keys and values [1 or rows, P, kv_heads (or heads), dim] that a plug adds to a layer's own. Without a gate they join its softmax,
-    seen by all, and `bias` [rows, heads, T, P] is added to their scores in a model that has biases; with one, [heads] or [1], they
-    have a softmax of their own, whose result is multiplied by it, and are seen as the mask says (None: by all)."""
+    seen by all, and `bias` [rows, heads, T, P] is added to their scores in a model that has biases; with one, [heads], [1] or [rows, 1,
+    heads], they have a softmax of their own, whose result is multiplied by it, and are seen as the mask says (None: by all)."""
 
     keys: jax.Array
     values: jax.Array
@@ -127,7 +127,7 @@ class Attention(nn.Module):
                 bias = _with_bias(bias, extra, len(key), key.shape[1])
             else:
                 own = _read_apart(query, extra, c, self.backend)
-                gated.append(own * extra.gate[:, None].astype(own.dtype))
+                gated.append(own * extra.gate[..., None].astype(own.dtype))
         y = attention(
             query, key, value, mask, bias=bias, softcap=c.softcap, scale=c.scale or None, backend=self.backend
         )

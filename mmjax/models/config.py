@@ -23,7 +23,7 @@ from mmjax.models.encoder_config import (
     ViTConfig,
 )
 from mmjax.models.quantised import Quantisation
-from mmjax.models.tuning_config import Adapters
+from mmjax.models.tuning_config import Adapters, AdaptionPromptConfig, NoisePromptConfig
 
 MaskKind = Literal["causal", "prefix", "media", "opening"]
 """What a model's texts see: what stands before; also the whole prompt each other (prefix-LM: PaliGemma, arXiv 2407.07726); also the
@@ -142,10 +142,19 @@ class ModelConfig:
         return self.vision
 
     @property
+    def media_beside(self) -> bool:
+        """Whether media stand beside the text, read by adapters, and nowhere in it."""
+        return any(
+            isinstance(a, NoisePromptConfig) or (isinstance(a, AdaptionPromptConfig) and bool(a.media)) for a in self.adapters
+        )
+
+    @property
     def tokens_per_tile(self) -> int:
         """Positions of the text that one tile takes: those of its tokens, or of the one that stands for it."""
         if self.cross_attention is not None:
             return 1
+        if self.media_beside:
+            return 0
         return self.connector.tokens if self.connector else 0
 
     @property

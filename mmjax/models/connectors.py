@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.models import perceiver, qformer
+from mmjax.models import perceiver, qformer, visual_blocks
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_uniform
@@ -30,8 +30,8 @@ Params = dict[str, Any]
 def init(key: jax.Array, config: ConnectorConfig) -> Params:
     """Fresh parameters as the published connectors have them: weights and biases U(-1/sqrt(in), 1/sqrt(in)).
 
-    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver
-    and mmjax.models.qformer. A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is; embeddings of frames are 0, as GIT's
+    Each Linear stands at `layers_0`, `layers_1`, ...; a residual MLP at `first`, `norm`, `second`; see mmjax.models.perceiver,
+    mmjax.models.qformer and mmjax.models.visual_blocks. A newline is drawn from N(0, 1/out_width), as LLaVA-NeXT's is; embeddings of frames are 0, as GIT's
     are.
     """
     params: Params = {}
@@ -43,6 +43,8 @@ def init(key: jax.Array, config: ConnectorConfig) -> Params:
         return {**params, **perceiver.init(key, config)}
     if config.kind == "qformer":
         return {**params, **qformer.init(key, config)}
+    if config.kind == "visual_blocks":
+        return {**params, **visual_blocks.init(key, config)}
     if config.input_norm:
         width = config.in_width if config.norm_each else grouped_width(config)
         params["input_norm"] = _norm(config).init(key, jnp.zeros((1, width)))["params"]
@@ -103,6 +105,9 @@ def connect(
         flat = features.reshape(-1, *features.shape[-2:])
         beside = text and qformer.Text(*(a.reshape(-1, a.shape[-1]) for a in text))
         out = qformer.connect(params, config, flat, beside, adapters, run)
+        return out.reshape(*features.shape[:-2], *out.shape[1:])
+    if config.kind == "visual_blocks":
+        out = visual_blocks.connect(params, config, features.reshape(-1, *features.shape[-2:]), adapters, run)
         return out.reshape(*features.shape[:-2], *out.shape[1:])
     if config.input_norm and config.norm_each:
         features = apply(_norm(config), params["input_norm"], features)

@@ -32,7 +32,8 @@ class FeatureSpec:
     -2 the input of the last block. Several layers are concatenated on channels.
     `pooled`: what the encoder itself makes of all its states, one vector, in place of them. `stitching`: a picture is an overview
     and a grid of tiles, whose maps are joined on channels. `scales` of the picture, as multiples of the encoder's own size (see
-    mmjax.models.scales); concatenated on channels as well.
+    mmjax.models.scales); concatenated on channels as well. `projected`: each position goes through the tower's own projection
+    (LLaMA-Adapter V2 reads CLIP so).
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -42,6 +43,7 @@ class FeatureSpec:
     pooled: bool = False
     stitching: Stitching | None = None
     scales: tuple[int, ...] = (1,)
+    projected: bool = False
 
     def positions(self, encoder: EncoderConfig) -> int:
         """Number of positions that the connector reads."""
@@ -59,7 +61,8 @@ class FeatureSpec:
 
     def tile_width(self, encoder: EncoderConfig) -> int:
         """Channels of a tile's features."""
-        return encoder.feature_width * len(self.layers) * len(self.scales)
+        width = encoder.projection if self.projected and isinstance(encoder, ViTConfig) else encoder.feature_width
+        return width * len(self.layers) * len(self.scales)
 
     def width(self, encoder: EncoderConfig) -> int:
         """Channels that the connector reads."""
@@ -199,7 +202,7 @@ Merge = Literal["flat", "spatial", "spatial_unpad"]
 
 
 PERCEIVERS = ("perceiver", "cross_self_perceiver")
-CONNECTORS = ("linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", *PERCEIVERS, "qformer", "identity")
+CONNECTORS = ("linear", "mlp", "pooled_mlp", "concat", "space_to_depth", "residual_mlp", *PERCEIVERS, "qformer", "visual_blocks", "identity")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +221,8 @@ class ConnectorConfig:
                   (Flamingo, AnyMAL; see mmjax.models.perceiver)
       qformer     `latents` learned queries run through `depth` layers of a BERT, and read the positions in every `cross_every`-th of
                   them (BLIP-2; see mmjax.models.qformer); then a Linear
+      visual_blocks   `latents` learned queries before the positions, through `depth` blocks of `hidden_width`, between two Linears with
+                  norms (LLaMA-Adapter V2; see mmjax.models.visual_blocks)
       identity    nothing
       a module's name, with a dot or without   a connector of one's own (see mmjax.models.connectors)
 
@@ -312,7 +317,7 @@ class ConnectorConfig:
             return self.pooled_tokens
         if self.kind == "concat":
             return self.pooled // self.group
-        if self.resamples or self.kind == "qformer":
+        if self.resamples or self.kind in ("qformer", "visual_blocks"):
             return self.latents
         if self.kind == "space_to_depth":
             return (-(-math.isqrt(self.pooled) // self.group)) ** 2

@@ -28,6 +28,7 @@ from mmjax.models import (
     text_tower,
     vit,
 )
+from mmjax.models.adaption_prompt import Beside, number_of_own
 from mmjax.models.attention import Mask
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
@@ -121,6 +122,8 @@ def encode_media(
     else:
         return None
     if config.connector is None:
+        if config.media_beside and batch.features is not None:  # adapters read them as they are
+            return features
         raise ValueError("this model has no connector: it cannot read images")
     if batch.frames is not None:
         features = connectors.with_frames(params["connector"], config.connector, features, batch.frames)
@@ -154,7 +157,7 @@ def embed(
     """
     x = embed_tokens(params, config, batch.tokens, run)
     x = prompts.spliced(params, config, batch, x)
-    if config.cross_attention is not None:  # media are read between the blocks
+    if config.cross_attention is not None or config.media_beside:  # media are read between the blocks, or in them
         return x
     media = encode_media(params, config, batch, run, dropout_key) if media is None else media
     if media is None:
@@ -184,9 +187,8 @@ def crossed_media(
     tokens = encode_media(params, config, batch, run) if media is None else media
     if tokens is None:
         return None
-    rows, count = batch.row_media.shape
-    index = jnp.asarray(batch.row_media).reshape(len(tokens), -1, count)
-    tokens = jax.vmap(lambda tiles, i: tiles[i])(tokens, jnp.maximum(index, 0)).reshape(rows, count, *tokens.shape[2:])
+    tokens = _in_rows(tokens, batch)
+    count = tokens.shape[1]
     segments = (jnp.asarray(batch.segments), jnp.asarray(batch.media_segments))
     present = jnp.asarray(batch.row_media) >= 0
     seen = None if batch.media_seen is None else jnp.asarray(batch.media_seen)
@@ -195,10 +197,30 @@ def crossed_media(
     return gated_cross_attention.Media(tokens, mask)
 
 
+def media_beside(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, media: jax.Array | None = None
+) -> Beside | None:
+    """The media that adapters read in the blocks, brought to the rows; None for a batch without media. `media` as in `embed`."""
+    if not config.media_beside or batch.row_media is None:
+        return None
+    tokens = encode_media(params, config, batch, run) if media is None else media
+    if tokens is None:
+        return None
+    row_media, segments = jnp.asarray(batch.row_media), jnp.asarray(batch.media_segments)
+    return Beside(_in_rows(tokens, batch), number_of_own(jnp.asarray(batch.segments), row_media, segments))
+
+
+def _in_rows(tokens: jax.Array, batch: Batch) -> jax.Array:
+    """Media tokens [groups, tiles, ...] as the rows have them: [rows, media, ...]."""
+    rows, count = batch.row_media.shape
+    index = jnp.asarray(batch.row_media).reshape(len(tokens), -1, count)
+    return jax.vmap(lambda tiles, i: tiles[i])(tokens, jnp.maximum(index, 0)).reshape(rows, count, *tokens.shape[2:])
+
+
 class Reading(NamedTuple):
     """What the LLM's decoder is run on: embeddings x [rows, T, input width], int segments and positions [rows, T]; of an
     encoder-decoder the memory of what its encoder read, with the encoder's own outputs; `spans` of the batch, and which positions
-    hold media tokens, bool [rows, T]; the media of a cross-attention."""
+    hold media tokens, bool [rows, T]; the media of a cross-attention, and those that adapters read in the blocks."""
 
     x: jax.Array
     segments: jax.Array
@@ -208,14 +230,16 @@ class Reading(NamedTuple):
     spans: jax.Array | None = None
     is_media: jax.Array | None = None
     media: gated_cross_attention.Media | None = None
+    beside: Beside | None = None
 
 
 class Remembered(NamedTuple):
-    """What stays the same while tokens are generated: what an encoder-decoder's encoder has read, and what the blocks'
-    cross-attention makes of the media."""
+    """What stays the same while tokens are generated: what an encoder-decoder's encoder has read, what the blocks'
+    cross-attention makes of the media, and the media that adapters read."""
 
     memory: decoder.Memory | None = None
     media: gated_cross_attention.Media | None = None
+    beside: Beside | None = None
 
     def repeated(self, times: int) -> Remembered:
         """Every row so many times, one after another."""
@@ -223,7 +247,8 @@ class Remembered(NamedTuple):
         if memory is not None:
             keys, values = jnp.repeat(memory.keys, times, 1), jnp.repeat(memory.values, times, 1)
             memory = decoder.Memory(keys, values, jnp.repeat(memory.segments, times, 0))
-        return Remembered(memory, self.media.repeated(times) if self.media is not None else None)
+        media, beside = (held.repeated(times) if held is not None else None for held in (self.media, self.beside))
+        return Remembered(memory, media, beside)  # type: ignore[arg-type]
 
 
 def read(
@@ -235,7 +260,8 @@ def read(
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
         crossed = crossed_media(params, config, batch, run, media)
-        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed)
+        beside = media_beside(params, config, batch, run, media)
+        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed, beside=beside)
     llm, leaves = config.language, adapters.bound(params, config, "llm", len(x))
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
     settings |= {"segments": batch.segments, "positions": batch.positions, "plugs": plugged.plugs(config, "encoder")}
@@ -261,7 +287,8 @@ def decode_reading(
     """The decoder's outputs; `settings` are those of mmjax.models.decoder.decode. With `padding_sees` it sees what is real, as in
     transformers; otherwise it sees nothing."""
     llm = adapters.bound(prepared(params, config), config, "llm", len(reading.x))
-    plugs: tuple[ports.Plug, ...] = (*prefix.plugs(llm, config, reading.positions), *plugged.plugs(config, "llm"))
+    plugs: tuple[ports.Plug, ...] = prefix.plugs(llm, config, reading.positions)
+    plugs += plugged.plugs(config, "llm", reading.beside, params.get(adapters.WEIGHTS, {}))
     if config.cross_attention is not None:
         plugs += (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
         leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)
@@ -337,7 +364,8 @@ def decode_token(
     token, position, segment   int32 [rows]
     """
     x = embed_tokens(params, config, token[:, None], run)
-    reading = Reading(x, segment[:, None], position[:, None], remembered.memory, media=remembered.media)
+    held = {"media": remembered.media, "beside": remembered.beside}
+    reading = Reading(x, segment[:, None], position[:, None], remembered.memory, **held)  # type: ignore[arg-type]
     out = decode_reading(params, config, reading, run, cache=cache)
     assert out.cache is not None
     return head(params, config, out.last[:, 0]), out.cache

@@ -1,15 +1,24 @@
-"""The adapters that plug into layers (mmjax.models.ports): their fresh leaves, and their plugs in a stack of blocks."""
+"""The adapters that plug into layers (mmjax.models.ports): their fresh leaves, and their plugs in a stack of blocks.
+
+What is learned beside the leaves of plugs, but is part of no layer, stands at mine/NAME (mmjax.models.mine).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Callable, Mapping
+
 import jax
+import jax.numpy as jnp
 
 from mmjax import tree
-from mmjax.models import bottleneck, ports
+from mmjax.models import adaption_prompt, bottleneck, mine, noise_prompt, ports
+from mmjax.models.adaption_prompt import Beside
+from mmjax.models.block import Extra
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.models.tuning_config import Adapter, BottleneckConfig, Part
+from mmjax.models.tuning_config import Adapter, AdaptionPromptConfig, BottleneckConfig, NoisePromptConfig, Part
 from mmjax.tree import Params
 
 STACKS: dict[Part, str] = {"llm": "llm", "encoder": "llm/encoder", "vision": "vision"}
@@ -19,6 +28,15 @@ STACKS: dict[Part, str] = {"llm": "llm", "encoder": "llm/encoder", "vision": "vi
 def init(key: jax.Array, adapter: Adapter, config: ModelConfig) -> Params | None:
     """Fresh float32 leaves, from the root of the parameters, one row for each layer that has the adapter; None for one that does not plug
     into layers. Raises ValueError for parts and layers that the model does not have."""
+    if isinstance(adapter, AdaptionPromptConfig):
+        return {"llm": {"plugs": {adapter.name: adaption_prompt.init(key, adapter, config.language)}}}
+    if isinstance(adapter, NoisePromptConfig):
+        leaves = {"llm": {"plugs": {adapter.name: noise_prompt.init(key, adapter, config.language)}}}
+        if not adapter.audio:
+            return leaves
+        block = config.language.block
+        widths = block.heads * block.head_dim, adapter.audio, adapter.channels
+        return {**leaves, "mine": {adapter.name: mine.init(jax.random.fold_in(key, 1), *widths)}}
     if not isinstance(adapter, BottleneckConfig):
         return None
     fresh: Params = {}
@@ -41,10 +59,35 @@ def stack(config: ModelConfig, part: Part, name: str) -> tuple[BlockConfig, int]
     return decoder.block, decoder.layers
 
 
-def plugs(config: ModelConfig, part: Part) -> tuple[ports.Plug, ...]:
-    """The plugs of all adapters that have one in this part."""
+def plugs(
+    config: ModelConfig, part: Part, beside: Beside | None = None, weights: Mapping[str, jax.Array] = {}
+) -> tuple[ports.Plug, ...]:
+    """The plugs of all adapters that have one in this part.
+
+    beside    the media that stand beside the LLM's text
+    weights   of adapters with gates, by name: a number, or one for each row (see mmjax.models.adapters)
+    """
     found = []
     for adapter in config.adapters:
         if isinstance(adapter, BottleneckConfig) and part in adapter.parts:
             found.append(bottleneck.plug(adapter, stack(config, part, adapter.name)[1]))
+        elif isinstance(adapter, AdaptionPromptConfig) and part == "llm":
+            found.append(_weighed(adaption_prompt.plug(adapter, config.language, beside), weights))
+        elif isinstance(adapter, NoisePromptConfig) and part == "llm":
+            found.append(_weighed(noise_prompt.plug(adapter, config.language, beside, config.adapters), weights))
     return tuple(found)
+
+
+def _weighed(plug: ports.Plug, weights: Mapping[str, jax.Array]) -> ports.Plug:
+    """The plug with its gate times its weight, () or [rows], if it has one."""
+    if plug.name not in weights:
+        return plug
+    weight = weights[plug.name]
+
+    def call(params: Params, query: jax.Array, project: Callable) -> Extra | None:
+        extra = plug.call(params, query, project)
+        if extra is None or extra.gate is None:
+            return extra
+        return extra._replace(gate=extra.gate * (weight[:, None, None] if jnp.ndim(weight) else weight))
+
+    return dataclasses.replace(plug, call=call)

@@ -184,6 +184,49 @@ class BottleneckConfig:
     layers: tuple[int, ...] = ()
 
 
+@dataclasses.dataclass(frozen=True)
+class AdaptionPromptConfig:
+    """Learned prompts with zero-init gated attention (LLaMA-Adapter, arXiv 2303.16199, 2304.15010), see mmjax.models.adaption_prompt.
+
+    length      learned prompts of a layer
+    depth       how many of the LLM's layers have them, the topmost ones, or with `bottom` the first; 0 = all
+    media       what becomes of media tokens: "added" to the prompts, "alone" in their place, and none are learned; "" = they are read otherwise
+    gate        one for each "head", or one for a "layer" (peft)
+    gate_fn     of the learned number (LLaMA-Adapter V1 was trained with tanh, but its released weights are meant without)
+    gate_scale  a factor of the gate that starts as 1 (V2's new_gate)
+    adapted     whether keys and values of prompts, too, are what other adapters make of their Linears (V2's chat65b: bias and scale);
+                else as the Linears are without (V2's multimodal7b: LoRA)
+    """
+
+    name: str
+    length: int = 10
+    depth: int = 0
+    bottom: bool = False
+    media: Literal["", "added", "alone"] = ""
+    gate: Literal["head", "layer"] = "head"
+    gate_fn: Literal["tanh", "identity"] = "tanh"
+    gate_scale: bool = False
+    adapted: bool = True
+
+    @property
+    def learned(self) -> bool:
+        """Whether it has prompts of its own."""
+        return self.media != "alone"
+
+
+@dataclasses.dataclass(frozen=True)
+class NoisePromptConfig:
+    """RobustGER's prompts of the `depth` topmost layers (0 = all), moved by a language-space noise embedding of so many `channels` for each
+    (arXiv 2401.10446), see mmjax.models.noise_prompt. `audio` is the width of the audio features that MINE compares the embedding with;
+    0 = there is none (mmjax.models.mine)."""
+
+    name: str
+    length: int = 20
+    depth: int = 0
+    channels: int = 384
+    audio: int = 0
+
+
 Adapter: TypeAlias = (
     LoraConfig
     | Ia3Config
@@ -194,6 +237,8 @@ Adapter: TypeAlias = (
     | MultitaskPromptConfig
     | PrefixConfig
     | BottleneckConfig
+    | AdaptionPromptConfig
+    | NoisePromptConfig
 )
 Adapters: TypeAlias = tuple[Adapter, ...]
 KINDS: dict[str, type[Adapter]] = {
@@ -206,6 +251,8 @@ KINDS: dict[str, type[Adapter]] = {
     "multitask_prompt": MultitaskPromptConfig,
     "prefix": PrefixConfig,
     "bottleneck": BottleneckConfig,
+    "adaption_prompt": AdaptionPromptConfig,
+    "noise_prompt": NoisePromptConfig,
 }
 """What a recipe calls each of them. The fields of the dataclass are what a recipe may say of one."""
 

@@ -133,6 +133,8 @@ def features(
     picked = [last] if states is None else [x if layer == 0 else states[layer - 1] for layer in wanted]
     if spec.post_norm:
         picked = [post_norm(params, config, state) for state in picked]
+    if spec.projected:
+        picked = [project(params, config, state) for state in picked]
     return jnp.concatenate([kept(config, spec, state) for state in picked], -1)
 
 

@@ -106,7 +106,7 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Rows and media groups over the data axes, positions over `sequence`."""
     in_rows = NamedSharding(mesh, PartitionSpec(DATA_AXES, "sequence"))
     in_groups = NamedSharding(mesh, PartitionSpec(DATA_AXES))
-    images = ("images", "features", "tiles", "frames", "grids", "classes")
+    images = ("images", "features", "audio", "tiles", "frames", "grids", "classes")
     media = (*images, "row_media", "media_segments", "connector_tokens", "connector_segments")
     shardings: dict[str, Any] = {
         field.name: in_groups if field.name in media else in_rows

@@ -12,6 +12,7 @@ from mmjax.batch import Batch
 from mmjax.models import adapters, image_text, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.experts import balance_loss
+from mmjax.training.distillation import noise_loss
 from mmjax.tree import Params
 
 CHUNK_LOGITS = 2**26  # logits of one chunk in one group of rows: 256 MiB of float32
@@ -29,11 +30,14 @@ def language_loss(
     router_loss: float = 0.0,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    noise_distillation: float = 0.0,
 ) -> jax.Array:
     """Weighted next-token losses summed over each row, float32 [rows]. `groups` is the number of data shards.
 
     router_loss   weight of a mixture of experts' load-balancing loss; it is spread over the rows so that the quotient of all sums
                   is the mean loss plus this
+    noise_distillation   weight of the audio noise distillation (mmjax.training.distillation), spread likewise; MINE's own loss comes with
+                  it in full, since the two have no leaf in common
     """
     decoded = multimodal.decode(params, config, batch, run, dropout, dropout_key)
     assert config.llm is not None and batch.targets is not None and batch.weights is not None
@@ -46,6 +50,9 @@ def language_loss(
         groups=groups,
         smoothing=smoothing,
     )
+    if noise_distillation:
+        extra = noise_loss(params, config, batch, noise_distillation)
+        losses = losses + extra * total_weight(batch) / len(losses)
     if not router_loss or decoded.router is None or config.llm.block.experts is None:
         return losses
     balance = balance_loss(decoded.router, jnp.asarray(batch.segments) > 0, config.llm.block.experts.chosen)

@@ -125,8 +125,9 @@ def make_train_step(
 
 
 def make_eval_step(config: ModelConfig, stage: Stage, selection: Selection, mesh: Mesh) -> EvalStep:
-    """step(trainable, frozen, batch) -> (summed loss, weight), without dropout, label smoothing and the balance of experts."""
-    weigh = _losses(config, dataclasses.replace(stage, label_smoothing=0.0, router_loss=0.0), mesh)
+    """step(trainable, frozen, batch) -> (summed loss, weight), without dropout, label smoothing, the balance of experts and the
+    distillation of noise."""
+    weigh = _losses(config, dataclasses.replace(stage, label_smoothing=0.0, router_loss=0.0, noise_distillation=0.0), mesh)
     drawn = stage.objective == "contrastive"  # hard negatives, the same ones at every validation
 
     def eval_step(trainable: Params, frozen: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -158,6 +159,7 @@ def _losses(config: ModelConfig, stage: Stage, mesh: Mesh) -> Callable[[Params, 
             router_loss=stage.router_loss,
             dropout=stage.dropout,
             dropout_key=key,
+            noise_distillation=stage.noise_distillation,
         )
         return losses, {}
 

@@ -21,6 +21,8 @@ ARGUMENTS = {
     "otter": ("", "llama"),
     "anymal": ("", "13b", "70b", "flamingo"),
     "git": ("", "large"),
+    "llama_adapter": ("", "v1_multimodal", "v2", "v2_early", "v2_chat"),
+    "robust_ger": ("", "plain", "lora"),
     "llava15": ("", "13b", "lora"),
     "llava_next": ("", "13b", "mistral"),
     "llava_v1": ("", "7b"),

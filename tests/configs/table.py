@@ -11,7 +11,7 @@ import functools
 from mmjax.assembly import model_config
 from mmjax.config import Recipe, from_config_dict
 from mmjax.errors import UserError
-from mmjax.models import multimodal
+from mmjax.models import multimodal, plugged
 from mmjax.models.config import ModelConfig
 from mmjax.training.trainable import select
 from tests.configs import expand
@@ -34,6 +34,7 @@ VERIFIED: dict[str, str] = {
     "flickr8k": "transformers (encoder, LLM)",
     "idefics": "transformers",
     "instructblip": "transformers",
+    "llama_adapter": "LLaMA-Adapter's code, recorded (V1 with pictures: nothing was released)",
     "llava15": LLAVA,
     "llava_next": LLAVA,
     "llava_v1": LLAVA,
@@ -41,6 +42,7 @@ VERIFIED: dict[str, str] = {
     "moondream": "moondream's code, recorded",
     "openflamingo": "OpenFlamingo's code, recorded",
     "otter": "Otter's and OpenFlamingo's code, recorded",
+    "robust_ger": "RobustGER's code, recorded",
     "quickstart": "transformers (the export)",
     "vila": "VILA's code, recorded",
 }
@@ -109,13 +111,18 @@ def _shape(name: str) -> tuple[str, str, str]:
 
 def _connector(config: ModelConfig) -> str:
     c = config.connector
-    assert c is not None
+    if c is None:
+        return "none"
     kind = c.kind.replace("_", " ")
     return f"{kind}, {c.tokens} tokens"
 
 
 def _port(config: ModelConfig) -> str:
     between = getattr(config, "cross_attention", None)
+    if plugs := plugged.plugs(config, "llm"):
+        return "; ".join(f"prompts in {len(plug.layers)} of {config.language.layers} layers" for plug in plugs)
+    if config.connector is None:
+        return "linear"
     where = f"gated cross-attention before {len(between.layers)} of {config.language.layers} blocks" if between else "spliced"
     mask = getattr(config, "mask", "causal")
     return where if mask == "causal" else f"{where}, {mask} bidirectional"

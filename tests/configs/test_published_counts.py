@@ -181,3 +181,38 @@ def test_idefics_stages(size, blocks, width, mlp):
     found = trained("idefics", size)
     assert found["base"] == blocks * block + reading + 3 * 2 * width
     assert found["instruct"] == pytest.approx({"": 8.93e9, "80b": 79.97e9}[size], rel=1e-3)
+
+
+def visual_projector(latents: int, width: int = 768, out: int = 4096, depth: int = 8) -> int:
+    """llama_adapter_v2_multimodal7b/llama/llama_adapter.py of OpenGVLab/LLaMA-Adapter 521a09d: clip_proj and clip_proj_norm over CLIP-L's 768
+    projected channels, visual_query, timm's blocks of four widths, visual_proj and visual_proj_norm."""
+    block = 4 * width**2 + 4 * width + 8 * width**2 + 5 * width + 4 * width
+    around = (width + 1) * width + 2 * width + (width + 1) * out + 2 * out
+    return latents * width + depth * block + around
+
+
+def test_llama_adapters():
+    """V1: 10 prompts of 4,096 in 30 layers with a gate for each of 32 heads, the paper's 1.2M (arXiv 2303.16199); with pictures 1.8M. V2's
+    two stages as its code chooses leaves (llama_adapter.py, get_trainable_params), less the gates of the layer without prompts: 61.73M,
+    then biases of wq, wo, w1, w2, w3 (1.10M) and all norms (0.27M). V2's chat65b is Llama65B_bias_scale_norm_tuning: a scale of
+    what each of seven Linears reads, a bias, and the layers' norms, the published 13.80M."""
+    assert trained("llama_adapter", "") == {"instruct": 10 * 30 * 4096 + 30 * 32} == {"instruct": 1_229_760}
+    projector = (1024 + 1) * 112 + (112 + 1) * 4096
+    assert trained("llama_adapter", "v1_multimodal") == {"instruct": 1_229_760 + projector} == {"instruct": 1_807_408}
+    biases, norms = 32 * (3 * 4096 + 2 * 11008), (2 * 32 + 1) * 4096
+    assert (biases, norms) == (1_097_728, 266_240)
+    prompts = 10 * 31 * 4096 + 31 * 32
+    assert trained("llama_adapter", "v2") == {"pretrain": prompts + visual_projector(10), "finetune": biases + norms}
+    assert prompts + visual_projector(10) == 61_731_552 and biases + norms == 1_363_968
+    attention, mlp = 4 * (8192 + 8192), 3 * (8192 + 22016)
+    assert trained("llama_adapter", "v2_chat") == {"instruct": 80 * (attention + mlp + 2 * 8192)} == {"instruct": 13_803_520}
+
+
+def test_robust_ger():
+    """lit_gpt/robust_ger.py of YUCHEN005/RobustGER ad4e37f, 30 layers of LLaMA-2 7B: adapter_wte, gating_factor, ef_key without and ef_value
+    with a bias, two norms, two gates [20, 32, 128]; MINE over 4,096 and 1,280 channels, with a prefix of 384."""
+    layer = 20 * 4096 + 32 + 2 * 384 * 4096 + 4096 + 2 * 4096 + 2 * 20 * 4096
+    network = 384 * 4096 + 4096 * 1024 + 1280 * 1024 + 1024 * 256 + 256
+    assert trained("robust_ger", "") == {"correct": 30 * layer + network} == {"correct": 109_454_528}
+    assert trained("robust_ger", "plain") == {"correct": 30 * (20 * 4096 + 32)} == {"correct": 2_458_560}
+    assert trained("robust_ger", "lora") == {"correct": 32 * 4 * 16 * 8192} == {"correct": 16_777_216}

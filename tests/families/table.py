@@ -51,6 +51,10 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
         "logits against its parts in torch, and recorded from OpenFlamingo's own code; files both ways",
         {"openflamingo", "otter"},
     ),
+    "test_llama_adapter": (
+        "logits, loss and greedy tokens recorded from the authors' own code, files both ways",
+        {"llama_adapter_v1", "llama_adapter_v2", "robust_ger"},
+    ),
     "test_any_language_model": ("what is written is read back with equal logits", {"mmjax", "git_text"}),
 }
 
@@ -60,6 +64,8 @@ def kind(family: Family) -> str:
         return "language model"
     if family in parts.VISION:
         return "vision encoder"
+    if family.keeps_adapters:
+        return "with adapters"
     if not {"pixel_values", "image"} & set(family.inputs) and family.prompt is None:
         return "text encoder"
     return "two towers" if family.prompt is None else "multimodal"

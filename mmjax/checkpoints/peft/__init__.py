@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.checkpoints import safetensors, weights
-from mmjax.checkpoints.peft import lora, prompts, scaling
+from mmjax.checkpoints.peft import adaption_prompt, lora, prompts, scaling
 from mmjax.checkpoints.peft.method import NEUTRAL, Base, Directory, Method
 from mmjax.errors import UserError
 from mmjax.models.tuning_config import Adapter
@@ -31,6 +31,7 @@ METHODS: tuple[Method, ...] = (
     prompts.P_TUNING,
     prompts.MULTITASK,
     prompts.PREFIX,
+    adaption_prompt.ADAPTION_PROMPT,
 )
 NAMES = ("adapter_model.safetensors", "adapter_model.bin")
 _UNSET: tuple[Any, ...] = (None, False, 0, [], {}, "", "none")
