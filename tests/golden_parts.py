@@ -314,7 +314,7 @@ def beside_weights(directory: Path, config: Arrays, inputs: Arrays, wanted: set[
 
 
 def in_front(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
-    """A prompt or prefix in peft's layout over its base; what is generated goes on from the first row."""
+    """A prompt or prefix, or prompts in the layers, in peft's layout over its base; what is generated goes on from the first row."""
     model, base = mmjax.load(directory), mmjax.load(directory / config["base_dir"])
     found: Arrays = dict(model(inputs))
     found["base_logits"] = base({name: value for name, value in inputs.items() if name != "task_ids"})["logits"]
@@ -350,4 +350,5 @@ PARTS = {
     "vila_projector": vila_projector,
     **dict.fromkeys(("peft_lora", "peft_rslora", "peft_dora", "peft_ia3", "peft_ln_tuning"), beside_weights),
     **dict.fromkeys(("peft_prompt_tuning", "peft_p_tuning", "peft_prefix_tuning", "peft_multitask_prompt_tuning"), in_front),
+    "peft_adaption_prompt": in_front,
 }
