@@ -421,6 +421,8 @@ class Stage:
     objective     "language" (next token at supervised positions), "classify" (the vision encoder's own head) or "contrastive" (a
                   Q-Former's first stage on pictures and their captions, whose tokens `length` limits; see mmjax.models.image_text)
     trainable     globs over parameter paths; each must match something. Everything else is frozen.
+    idle          names of adapters that do not act in this stage: those that do not begin as the model without them (prompts, prefixes)
+                  are in the way of what is trained before them
     steps/epochs  one of them > 0
     rows          rows of a step over all devices and micro-batches; length: tokens of a row
     answer_length   of an encoder-decoder, whose encoder reads a row: tokens of its decoder's row; 0 = as many as `length`
@@ -436,6 +438,7 @@ class Stage:
 
     objective: Literal["language", "classify", "contrastive"] = "language"
     trainable: tuple[str, ...] = ("connector/**",)
+    idle: tuple[str, ...] = ()
     sources: dict[str, Source] = dataclasses.field(default_factory=dict)
     steps: int = 0
     epochs: float = 0.0

@@ -35,7 +35,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
     for name in recipe.run:
         stage, beside = recipe.stages[name], recipe.model.connector.text_length
         picture = _picture(recipe, config) if stage.tiled else None
-        figured = stage_figures(config, params, stage, recipe.model.dtype, f"stages.{name}", picture, beside)
+        figured = stage_figures(config.without(stage.idle), params, stage, recipe.model.dtype, f"stages.{name}", picture, beside)
         figures |= {f"{key}_{name}": value for key, value in figured.items()}
         rows.append([name, *(_shown(key, value) for key, value in figured.items())])
     print(_table(["stage", *(key.replace("_", " ") for key in _COLUMNS)], rows))

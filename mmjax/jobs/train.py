@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mmjax import drawing
+from mmjax import drawing, tree
 from mmjax.assembly import assemble
 from mmjax.card import write_card
 from mmjax.checkpoints.store import Store
@@ -28,6 +28,7 @@ from mmjax.evaluation.run import evaluate
 from mmjax.jobs.export import export
 from mmjax.model import Model
 from mmjax.models import prefix, quantised
+from mmjax.models.adapters import leaves_of
 from mmjax.models.decoder import require_positions
 from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
 from mmjax.parallel.sharding import format_table, param_shardings, table
@@ -142,6 +143,7 @@ def _check_stages(recipe: Recipe, model: Model) -> None:
     for name in recipe.run:
         stage, key = recipe.stages[name], f"stages.{name}"
         selection = select(model.params, stage.trainable, f"{key}.trainable")
+        _check_idle(model, stage, selection, key)
         trainable = shapes(model.params, selection, stage.param_dtype)
         make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
         if stage.template:
@@ -152,10 +154,19 @@ def _check_stages(recipe: Recipe, model: Model) -> None:
                 "(a Q-Former's; 256 in BLIP-2)."
             )
         if stage.objective == "language":
-            require_positions(model.config.language, stage.length + prefix.count(model.config))
+            require_positions(model.config.language, stage.length + prefix.count(model.config.without(stage.idle)))
             _warn_of_settled(model, selection, key)
         if stage.cache_features and any(path.startswith("vision/") for path in selection.leaves):
             raise UserError(f"{key}.cache_features: the features change, since {key}.trainable has leaves of the encoder.")
+
+
+def _check_idle(model: Model, stage: Stage, selection: Selection, key: str) -> None:
+    known = [adapter.name for adapter in model.config.adapters]
+    if unknown := [name for name in stage.idle if name not in known]:
+        raise UserError(f"{key}.idle names {unknown[0]!r}, and the model's adapters are {', '.join(known) or 'none'}.")
+    theirs = tree.flatten(leaves_of(model.params, stage.idle))
+    if trained := [path for path in selection.leaves if path in theirs]:
+        raise UserError(f"{key}.trainable has {trained[0]}, of an adapter that {key}.idle keeps from acting.")
 
 
 def _warn_of_settled(model: Model, selection: Selection, key: str) -> None:
@@ -176,6 +187,7 @@ def _pipelines(
 ) -> tuple[Pipeline, Pipeline | None]:
     """The training and the held-out data of a stage; the first batch is drawn."""
     stage = recipe.stages[name]
+    model = dataclasses.replace(model, config=model.config.without(stage.idle))
     training = _pipeline(stage, recipe, model, mesh, workdir)
     picture = workdir / f"first_batch_{name}.png"
     if jax.process_index() == 0 and not picture.exists():

@@ -8,7 +8,7 @@ Foreign configuration files are translated to these by `mmjax.families`; recipes
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Sequence
 
 from jax.sharding import Mesh
 
@@ -162,6 +162,10 @@ class ModelConfig:
         """How a picture's tiles become its tokens (see mmjax.data.picture_tokens)."""
         assert self.connector is not None
         return "stitched" if self.features.stitching else self.connector.merge
+
+    def without(self, adapters: Sequence[str]) -> ModelConfig:
+        """The same without the adapters of these names."""
+        return dataclasses.replace(self, adapters=tuple(a for a in self.adapters if a.name not in adapters)) if adapters else self
 
     def at_size(self, size: int) -> ModelConfig:
         """The same for pictures of another size."""

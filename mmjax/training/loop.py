@@ -87,7 +87,8 @@ def train(
         training, validation = pipelines(name, params)
         trained = select(params, run.recipe.stages[name].trainable, f"stages.{name}.trainable").leaves
         here = found if found and found.stage == name else None
-        params = train_stage(run, name, config, params, own, training, validation, here)
+        acting = config.without(run.recipe.stages[name].idle)
+        params = train_stage(run, name, acting, params, own, training, validation, here)
         own = own | set(trained)
     run.store.wait()
     return params

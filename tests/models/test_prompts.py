@@ -8,13 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from mmjax import tree
+from mmjax import active_adapters, tree
 from mmjax.config import Optimizer, Stage
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Example
+from mmjax.errors import UserError
 from mmjax.inference.generate import generate
 from mmjax.inference.sampling import Sampling
-from mmjax.models import multimodal, prompts
+from mmjax.models import multimodal, prefix, prompts
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.tuning_config import MultitaskPromptConfig, PrefixConfig, PromptConfig, PTuningConfig
 from tests.models import tiny
@@ -102,6 +103,20 @@ def test_generated_behind_padding_and_from_the_cache(params):
         found = logits(params, CONFIG, rows([[grown], [EXAMPLES[0]]]))
         written.append(int(found[0, len(grown.ids) - 1].argmax()))
     assert answers[1].tolist() == written
+
+
+def test_they_act_or_not_and_are_not_weighed(params):
+    names = [adapter.name for adapter in TUNED]
+    bare = dataclasses.replace(EXAMPLES[0], ids=EXAMPLES[0].ids[VIRTUAL:], labels=EXAMPLES[0].labels[VIRTUAL:], media=EXAMPLES[0].media[VIRTUAL:])
+    batch = dataclasses.replace(rows([[bare]]), virtual=None, task=None)
+    none = active_adapters.choose(params, CONFIG, [])
+    assert none[1] == CONFIG.without(names) and prompts.count(none[1]) == prefix.count(none[1]) == 0
+    base = {**params, "llm": {name: leaf for name, leaf in params["llm"].items() if name not in ("plugs", "prompts")}}
+    np.testing.assert_array_equal(logits(*none, batch), logits(base, CONFIG.without(names), batch))
+    assert prompts.count(active_adapters.choose(params, CONFIG, ["plain", "held"])[1]) == 2
+    for name in names:
+        with pytest.raises(UserError, match=f"adapter '{name}' adds positions, keys or modules, which are there or not"):
+            active_adapters.choose(params, CONFIG, {name: 0.5})
 
 
 def test_a_batch_without_places_is_refused(params):
