@@ -39,7 +39,6 @@ from mmjax.preprocessing import read_tokenizer
 from mmjax.training.trainable import select
 from tests.configs import expand
 
-NOT_SYSTEMS = ("continue_from_hf", "flickr8k", "gallery_base", "quickstart")
 SAMPLES = 8_000  # captions a recipe is trained on, over all stages
 ROWS, IN_ROW = 4, 6  # rows of a step, and captions that a row has room for
 JOINED = 3  # photographs with their captions in one document
@@ -63,7 +62,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--samples", type=int, default=SAMPLES, help="captions a recipe is trained on")
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    names = chosen.recipes or systems()
+    names = chosen.recipes or expand.systems()
     if chosen.alone:
         return _train(photographs(names[0], chosen), chosen.out)
     rows = []
@@ -82,11 +81,6 @@ def main(arguments: list[str]) -> int:
     (chosen.out / "gallery.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("\n" + table(rows))
     return 0 if all(row["beats"] for row in rows) else 1
-
-
-def systems() -> list[str]:
-    """Every recipe that is a published system, by its default variant."""
-    return sorted({name for name, _ in expand.variants()} - set(NOT_SYSTEMS))
 
 
 def photographs(name: str, chosen: argparse.Namespace) -> Recipe:

@@ -36,6 +36,14 @@ ARGUMENTS = {
 }
 
 
+OTHERS = {"continue_from_hf", "flickr8k", "gallery_base", "quickstart", "ways_of_tuning"}  # not published systems
+
+
+def systems() -> list[str]:
+    """The recipes that are published systems."""
+    return sorted({name for name, _ in variants()} - OTHERS)
+
+
 def variants() -> list[tuple[str, str]]:
     """(recipe, config argument) of every file in configs/, with the arguments that change more than a size of data."""
     names = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

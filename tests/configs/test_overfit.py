@@ -13,8 +13,7 @@ import pytest
 from tests.configs import expand
 
 ROOT = Path(__file__).resolve().parents[2]
-OTHERS = {"continue_from_hf", "flickr8k", "gallery_base", "quickstart"}  # not published systems
-RECIPES = sorted({name for name, _ in expand.variants()} - OTHERS)
+RECIPES = expand.systems()
 
 
 @pytest.fixture(scope="module")
