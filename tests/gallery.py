@@ -55,11 +55,7 @@ PROMPT = "Describe the image."
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gallery", description=__doc__.splitlines()[0])
     parser.add_argument("recipes", nargs="*", help="names of recipes, with arguments after a colon; none = all")
-    parser.add_argument("--llm", type=Path, default=Path("workdirs/gallery_base/export"), help="directory of the small base model")
-    parser.add_argument("--vision", type=Path, default=Path("../shared/data/weights/mobilenet_v2_hf"), help="a MobileNetV2")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data/flickr8k"), help="directory of Flickr8k")
-    parser.add_argument("--out", type=Path, default=Path("workdirs/gallery"), help="where workdirs and the table go")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help="captions a recipe is trained on")
+    add_arguments(parser, Path("workdirs/gallery"))
     parser.add_argument("--alone", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     names = chosen.recipes or expand.systems()
@@ -81,6 +77,14 @@ def main(arguments: list[str]) -> int:
     (chosen.out / "gallery.json").write_text(json.dumps(rows, indent=1) + "\n")
     print("\n" + table(rows))
     return 0 if all(row["beats"] for row in rows) else 1
+
+
+def add_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
+    parser.add_argument("--llm", type=Path, default=Path("workdirs/gallery_base/export"), help="directory of the small base model")
+    parser.add_argument("--vision", type=Path, default=Path("../shared/data/weights/mobilenet_v2_hf"), help="a MobileNetV2")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data/flickr8k"), help="directory of Flickr8k")
+    parser.add_argument("--out", type=Path, default=out, help="where workdirs and the table go")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help="captions a recipe is trained on")
 
 
 def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
@@ -111,7 +115,7 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
         stages[stage] = _stage(recipe, stage, full.stages[stage], chosen.data, config, params, samples)
     last = stages[full.run[-1]]
     held_out = Evaluation(
-        source=_captions(chosen.data, "val", "eval", last.template or model.template),
+        source=captions(chosen.data, "val", "eval", last.template or model.template),
         metrics=("bleu", "cider"),
         blind=True,
         max_new_tokens=24,
@@ -125,6 +129,15 @@ def photographs(name: str, chosen: argparse.Namespace) -> Recipe:
         checkpoint=dataclasses.replace(recipe.checkpoint, every=0, keep_best=0),
         logging=dataclasses.replace(recipe.logging, every=20, tensorboard=False),
     )
+
+
+def captions(data: Path, part: str, split: str, template: str, **options) -> Source:
+    """Flickr8k's captions, as a stage of this template reads them."""
+    images = "images_train-*.tar" if part == "train" else f"images_{part}.tar"
+    prompt = "" if template == "plain" else PROMPT
+    options = {"split": split, "prompt": prompt, **options}
+    limit = 5 * PICTURES if split == "train" else 0
+    return Source(kind="captions", path=f"{data}/captions_{part}.jsonl.gz", images=f"{data}/{images}", limit=limit, options=options)
 
 
 def line(row: dict) -> str:
@@ -220,18 +233,10 @@ def _optimizer(published: Optimizer, trained: list[str]) -> Optimizer:
 
 def _source(source: Source, data: Path, template: str) -> Source:
     if not source.images and source.kind not in DOCUMENTS:
-        return _captions(data, "train", "train", template, shown="words")
+        return captions(data, "train", "train", template, shown="words")
     join = JOINED if source.kind in DOCUMENTS or source.join > 1 else 1
     kept = {"weight": source.weight, "loss_weight": source.loss_weight, "join": join}
-    return dataclasses.replace(_captions(data, "train", "train", template), **kept)
-
-
-def _captions(data: Path, part: str, split: str, template: str, **options) -> Source:
-    images = "images_train-*.tar" if part == "train" else f"images_{part}.tar"
-    prompt = "" if template == "plain" else PROMPT
-    options = {"split": split, "prompt": prompt, **options}
-    limit = 5 * PICTURES if split == "train" else 0
-    return Source(kind="captions", path=f"{data}/captions_{part}.jsonl.gz", images=f"{data}/{images}", limit=limit, options=options)
+    return dataclasses.replace(captions(data, "train", "train", template), **kept)
 
 
 if __name__ == "__main__":
