@@ -6,14 +6,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax import calibration, tree
 from mmjax.checkpoints import awq as layouts
 from mmjax.checkpoints import weights
 from mmjax.errors import UserError
-from mmjax.models import awq, number_formats
-from mmjax.models.layers import matmul
+from mmjax.families import keys, llama
+from mmjax.models import awq, multimodal, number_formats
+from mmjax.models.block import Block
+from mmjax.models.kernels import matmul
+from mmjax.models.layers import apply
 
 Arrays = dict[str, Any]
 NAMES = {"absmax_codes": "absmax_uint8", "nested_absmax": "nested_absmax", "offset": "offset"}
@@ -80,4 +85,39 @@ def awq_linear(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]
     return {name: found[name] for name in wanted if name in found}
 
 
-PARTS = {"peft_qlora_nf4": nf4, "awq_linear": awq_linear}
+def awq_block(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """The search over a Llama's first block; outputs are named after its modules.
+
+    What is recorded under `folded__` are the block's weights as they are in model.safetensors, bit by bit, not what folding makes of
+    them (the recording went on to share memory with weights that were put back afterwards). So that is what they are compared
+    with, and folding by the block's output after it, and in tests/test_calibration.py.
+    """
+    if config["w_bit"] != 4 or not config["zero_point"]:
+        raise UserError(f"w_bit {config['w_bit']}, zero_point {config['zero_point']} is not supported")
+    shape = llama.FAMILY.read_config({"model_type": "llama", **config["llm_config"]}, "llm_config")
+    rules = llama.FAMILY.rules(shape, {})
+    params = keys.load(weights.read(directory), rules, multimodal.shapes(shape), dtype="float32", where=directory)
+    block, x = shape.language.block, jnp.asarray(inputs["hidden_states"])
+    layer = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"])
+    around = calibration.surroundings(shape.language, x)
+    names = {r.paths[0].removeprefix("llm/layers/"): r.name.removeprefix("model.layers.{i}.") for r in rules}
+    targets = tuple(path.removesuffix("/kernel") for path in names if path.endswith("/kernel") and "head" not in path)
+    searched = calibration.search(layer, block, x, around, targets, config["q_group_size"])
+    folded = calibration.fold(layer, block, searched.scales)
+
+    def module(path: str) -> str:
+        found = names.get(f"{path}/kernel") or names[f"{path}/scale"]
+        return found.removesuffix(".weight")
+
+    found = {
+        f"scale__{module(pair.producer)}__to__{'+'.join(map(module, pair.readers))}": scale
+        for pair, scale in searched.scales.items()
+    }
+    for path, leaf in tree.flatten(layer).items():
+        found[f"folded__{names[path]}"] = leaf.T if path.endswith("/kernel") else leaf
+    found["block_output"] = searched.output
+    found["block_output_after_folding"] = apply(Block(block, backend="reference"), folded, x, around)
+    return {name: found[name] for name in wanted if name in found}
+
+
+PARTS = {"peft_qlora_nf4": nf4, "awq_linear": awq_linear, "awq_block_search": awq_block}

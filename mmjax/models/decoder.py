@@ -168,7 +168,7 @@ def decode(
     `dropout_key` nothing is dropped, in blocks or adapters.
     """
     period = ports.period(plugs, len(config.windows), config.layers)
-    turns = _rotations(config, positions)
+    turns = rotations(config, positions)
     sees = segments if mask.query_segments is None else mask.query_segments
     mask = dataclasses.replace(mask, causal=config.causal, query_segments=sees, key_segments=segments)
     slot: Any = 0
@@ -180,9 +180,9 @@ def decode(
             blank = jnp.zeros_like(held)
             mask = dataclasses.replace(mask, key_spans=jax.lax.dynamic_update_slice(blank, mask.query_spans.astype(jnp.int32), (0, slot)))
         cache = cache._replace(segments=held, next=slot + x.shape[1])
-    bias = _position_bias(params, config, x.shape[1], slot, x.shape[1] if cache is None else cache.segments.shape[1])
+    bias = position_bias(params, config, x.shape[1], slot, x.shape[1] if cache is None else cache.segments.shape[1])
     block = Block(config.block, adapters, dropout_key is None, run.attention, dropout, run.mesh, run.dtype)
-    x = _into_blocks(params, config, x, positions, token_types, is_media)
+    x = into_blocks(params, config, x, positions, token_types, is_media)
     if config.block.wide_residual:
         x = x.astype(jnp.float32)
 
@@ -264,14 +264,14 @@ def _norm(config: DecoderConfig) -> Norm:
     return Norm(config.block.norm, config.block.norm_eps, config.block.norm_bias)
 
 
-def _rotations(config: DecoderConfig, positions: jax.Array) -> list[tuple[jax.Array, jax.Array] | None]:
+def rotations(config: DecoderConfig, positions: jax.Array) -> list[tuple[jax.Array, jax.Array] | None]:
     """Cosines and sines for each layer of the pattern."""
     ropes = config.ropes or (config.block.rope,) * len(config.windows)
     made = {rope: rotation(rope, config.block.head_dim, positions) for rope in ropes if rope is not None}
     return [made[rope] if rope is not None else None for rope in ropes]
 
 
-def _into_blocks(
+def into_blocks(
     params: Params,
     config: DecoderConfig,
     x: jax.Array,
@@ -293,7 +293,7 @@ def _into_blocks(
     return jnp.where(is_media[..., None], entered, x) if config.media_as_they_are and is_media is not None else x
 
 
-def _position_bias(params: Params, config: DecoderConfig, queries: int, first: Any, keys: int) -> jax.Array | None:
+def position_bias(params: Params, config: DecoderConfig, queries: int, first: Any, keys: int) -> jax.Array | None:
     """What is added to the scores of all layers, [1, heads, queries, keys]: a function of how far apart slots are."""
     distance = jnp.arange(keys)[None, :] - (jnp.arange(queries)[:, None] + first)
     if config.alibi:
