@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -27,7 +28,8 @@ TUNED = (
     PrefixConfig("made", 2, projected=True, encoder_width=6),
     PrefixConfig("held", 3),
 )
-CONFIG = tiny.model_config(3, windows=(0, 6), adapters=TUNED)  # the pattern of windows ends in its middle
+# Beside a LoRA; the pattern of windows ends in its middle.
+CONFIG = tiny.model_config(3, windows=(0, 6), adapters=(tiny.LORA, *TUNED))
 VIRTUAL = 7
 
 
@@ -51,12 +53,13 @@ def params():
     return tiny.random_params(CONFIG)
 
 
-def logits(params, config, batch):
-    @jax.jit
-    def run(params, batch):
-        return multimodal.head(params, config, multimodal.hidden(params, config, batch, Execution()))
+@functools.partial(jax.jit, static_argnames="config")
+def _logits(params, batch, config):
+    return multimodal.head(params, config, multimodal.hidden(params, config, batch, Execution()))
 
-    return np.asarray(run(params, batch))
+
+def logits(params, config, batch):
+    return np.asarray(_logits(params, batch, config))
 
 
 def rows(packed: list[list[Example]]):
@@ -109,7 +112,7 @@ def test_they_act_or_not_and_are_not_weighed(params):
     names = [adapter.name for adapter in TUNED]
     bare = dataclasses.replace(EXAMPLES[0], ids=EXAMPLES[0].ids[VIRTUAL:], labels=EXAMPLES[0].labels[VIRTUAL:], media=EXAMPLES[0].media[VIRTUAL:])
     batch = dataclasses.replace(rows([[bare]]), virtual=None, task=None)
-    none = active_adapters.choose(params, CONFIG, [])
+    none = active_adapters.choose(params, CONFIG, ["default"])
     assert none[1] == CONFIG.without(names) and prompts.count(none[1]) == prefix.count(none[1]) == 0
     base = {**params, "llm": {name: leaf for name, leaf in params["llm"].items() if name not in ("plugs", "prompts")}}
     np.testing.assert_array_equal(logits(*none, batch), logits(base, CONFIG.without(names), batch))
