@@ -160,7 +160,7 @@ def language(layers: int, width: int, heads: int) -> ModelConfig:
     [
         # arXiv 2104.08691, figure 2: five tokens for T5 XXL, "20,480 parameters per task"
         (PromptConfig("x", 5), language(24, 4096, 64), 20_480),
-        # arXiv 2303.02861, table 1: 100 tokens for T5-Base, 77.6K parameters a task: the shared prompt and the task's two vectors
+        # arXiv 2303.02861: 100 tokens for T5-Base, the shared prompt and the task's two vectors: 0.035 % of its 222,903,552 parameters
         (MultitaskPromptConfig("x", 100), language(12, 768, 12), 77_668),
         # peft's PeftModelForCausalLM: gpt2-large with 20 tokens, "trainable params: 1843200"
         (PrefixConfig("x", 20), language(36, 1280, 20), 1_843_200),
