@@ -2,6 +2,7 @@
 
     python -m mmjax.main --config=configs/llava15.py                 # pretrain, then full finetuning, 7B
     python -m mmjax.main --config=configs/llava15.py:13b,peft=lora   # pretrain, then LoRA, 13B
+    python -m mmjax.main --config=configs/llava15.py:peft=dora       # or ia3, prompt, ptuning, prefix, adapter
     python -m mmjax.main --config=configs/llava15.py:tiny            # the same path in a minute, on drawn data
     python -m mmjax.main --config=configs/llava15.py --job=plan      # parameters, bytes and FLOPs, without any weights
 
@@ -9,6 +10,8 @@ What it is     CLIP ViT-L/14 at 336 pixels, its last block but one without the c
 Stages         pretrain        MLP alone on 558K captions; learning rate 1e-3, 256 samples a step, 1 epoch
                finetune        MLP and LLM on the 665K instruction mixture; 2e-5, 128 samples a step, 1 epoch
                finetune_lora   LoRA (rank 128, alpha 256, dropout 0.05, every Linear of the LLM but the head) at 2e-4, MLP at 2e-5
+               finetune_...    the other ways of tuning (PEFT below), which the authors do not have: DoRA as in its paper's section on LLaVA-1.5
+                               (arXiv 2402.09353), the others with learning rates of this library, tried on small models alone
                AdamW without weight decay, 3 % warm-up, cosine to 0, bfloat16 activations.
 Trained (7B)   20,979,712; 6,759,395,328; 340,795,392 parameters.
 Cost (7B)      16.6, 34.7 and 25.1 TFLOP a sample; the authors took 3.5 and 10 hours on 8 A100s.
@@ -20,6 +23,8 @@ Needs lmsys/vicuna-7b-v1.5 and openai/clip-vit-large-patch14-336 (in the local H
 Differs from the authors' scripts: finetuning packs samples into rows of 2,048 tokens (56 rows hold about 128 samples) where they pad;
 pretraining pads pictures to a square as finetuning does, where they crop.
 """
+
+import dataclasses
 
 from mmjax.catalogue import CLIP_L_336, LCS_558K, MIX_665K, VICUNA_V15
 from mmjax.config import (
@@ -36,9 +41,24 @@ from mmjax.config import (
 from mmjax.tiny import tiny
 
 
+LORA = Adapter(rank=128, alpha=256.0, dropout=0.05, targets=("llm/layers/**",))
+BESIDE = "llm/**/adapters/default/**"
+# name -> (what is added, what of it is trained, its learning rate)
+PEFT = {
+    "lora": (LORA, "llm/**/lora_*", 2e-4),
+    "dora": (dataclasses.replace(LORA, dora=True), "llm/**/lora_*", 2e-4),
+    "ia3": (Adapter(kind="ia3", targets=("llm/layers/*/{key,value,down}",), feedforward=("llm/layers/mlp/down",)), BESIDE, 3e-3),
+    "prompt": (Adapter(kind="prompt", tokens=20), "llm/prompts/default/**", 3e-2),
+    "ptuning": (Adapter(kind="p_tuning", tokens=20), "llm/prompts/default/**", 1e-3),
+    "prefix": (Adapter(kind="prefix", tokens=30), "llm/plugs/default/**", 1e-3),
+    "adapter": (Adapter(kind="bottleneck", reduction=16.0), "llm/plugs/default/**", 1e-4),
+}
+
+
 def get_config(argument: str = ""):
-    chosen = parse_arguments(argument, {"size": ("7b", "13b"), "peft": ("full", "lora"), "tiny": False})
-    lora = chosen.peft == "lora"
+    chosen = parse_arguments(argument, {"size": ("7b", "13b"), "peft": ("full", *PEFT), "tiny": False})
+    adapter, added, rate = PEFT.get(chosen.peft, (None, "llm/**", 2e-5))
+    last = "finetune" if adapter is None else f"finetune_{chosen.peft}"
     pretrain = Stage(
         trainable=("connector/**",),
         sources={"captions": LCS_558K},
@@ -52,40 +72,29 @@ def get_config(argument: str = ""):
         remat="full",
     )
     finetune = Stage(
-        trainable=("llm/**", "connector/**"),
+        trainable=(added, "connector/**"),
         sources={"mixture": MIX_665K},
         epochs=1.0,
         rows=56,
         length=2048,
         tiles=3,
-        optimizer=Optimizer(learning_rate=2e-5),
-        dtype="bfloat16",
-        remat="full",
-    )
-    finetune_lora = Stage(
-        trainable=("llm/**/lora_*", "connector/**"),
-        sources=finetune.sources,
-        epochs=1.0,
-        rows=56,
-        length=2048,
-        tiles=3,
-        optimizer=Optimizer(learning_rate=2e-4, multipliers={"connector/**": 0.1}),
+        optimizer=Optimizer(learning_rate=rate, multipliers={} if adapter is None else {"connector/**": 2e-5 / rate}),
         dtype="bfloat16",
         remat="full",
     )
     recipe = Recipe(
-        name=f"llava15_{chosen.size}" + ("_lora" if lora else ""),
+        name=f"llava15_{chosen.size}" + ("" if adapter is None else f"_{chosen.peft}"),
         model=Model(
             llm=VICUNA_V15[chosen.size],
             vision=CLIP_L_336,
             connector=Connector(kind="mlp2x_gelu"),
             feature_layers=(-2,),
             template="v1",
-            adapters={"default": Adapter(rank=128, alpha=256.0, dropout=0.05, targets=("llm/layers/**",))} if lora else {},
+            adapters={} if adapter is None else {"default": adapter},
             dtype="bfloat16",
         ),
-        stages={"pretrain": pretrain, **({"finetune_lora": finetune_lora} if lora else {"finetune": finetune})},
-        run=("pretrain", "finetune_lora" if lora else "finetune"),
+        stages={"pretrain": pretrain, last: finetune},
+        run=("pretrain", last),
         mesh=Mesh(data=1, fsdp=-1),
     )
     return to_config_dict(tiny(recipe) if chosen.tiny else recipe)
