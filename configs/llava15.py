@@ -40,7 +40,6 @@ from mmjax.config import (
 )
 from mmjax.tiny import tiny
 
-
 LORA = Adapter(rank=128, alpha=256.0, dropout=0.05, targets=("llm/layers/**",))
 BESIDE = "llm/**/adapters/default/**"
 # name -> (what is added, what of it is trained, its learning rate)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import math
 from typing import Literal, Sequence
 
 from mmjax import tree
 from mmjax.models import (
+    adapters,
     gated_cross_attention,
     mobilenet_v2,
     multimodal,
@@ -110,6 +112,7 @@ def training_flops(
     first = min((_place(path, layer, config) for path, layer in trained), default=(math.inf, 0.0))
     in_text = _first_in_text(trained, config)
     used = _layers_used(config, objective)
+    replaced = {f"{place.path}/{name}" for place in _adapter_places(config).values() for name in place.copies if not place.rows}
 
     def times(path: str, layer: int) -> int:
         if _reads_media(path):  # what hands on a gradient to media tokens is trained in front of the text
@@ -123,7 +126,7 @@ def training_flops(
     per_supervised: dict[str, float] = collections.defaultdict(float)
     per_source: dict[str, float] = collections.defaultdict(float)
     for path, shape in shapes.items():
-        if not _is_matmul(path, config):
+        if not _is_matmul(path, config) or path in replaced:
             continue
         rows, table = _rows(path, config, objective, beside), per_tile
         if path.startswith("llm/"):
@@ -132,7 +135,9 @@ def training_flops(
         if _reads_media(path):
             rows, table = config.connector.tokens if config.connector else _prompts(config), per_tile
         stacked = _is_stacked(path)
-        for layer in range(min(shape[0], used.get(path.split("/")[0], shape[0])) if stacked else 1):
+        for layer in range(shape[0] if stacked else 1):
+            if stacked and _layer(path, layer, config) >= used.get(path.split("/")[0], math.inf):
+                continue
             forward = 2 * math.prod(shape[1:] if stacked else shape) * rows
             table[_part(path, config)] += forward * times(path, layer)
 
@@ -237,7 +242,26 @@ def _place(path: str, layer: int, config: ModelConfig) -> Site:
         adapter = next(adapter for adapter in config.adapters if adapter.name == tree.adapter_of(path))
         layers = getattr(adapter, "layers", ())
         return _site(f"{path.split('/plugs/')[0]}/layers/", layers[layer] if layers else layer)
-    return _site(path, layer)
+    return _site(path, _layer(path, layer, config))
+
+
+def _layer(path: str, row: int, config: ModelConfig) -> int:
+    """The layer of a leaf's row: of adapters that sit on some layers not the same."""
+    if "/adapters/" not in path:
+        return row
+    known = _adapter_places(config)
+    place = known.get(path) or known.get(path.rpartition("/")[0])
+    return place.layers[row] if place is not None and place.layers else row
+
+
+@functools.lru_cache(maxsize=4)
+def _adapter_places(config: ModelConfig) -> dict[str, adapters.Place]:
+    """Where adapters stand beside weights, by the paths of copies, and of others by the path below which they are."""
+    if not config.adapters:
+        return {}
+    shapes = multimodal.shapes(config)
+    found = [place for adapter in config.adapters for place in adapters.places(shapes, config, adapter)]
+    return {key: place for place in found for key in [f"{place.at}/{name}" for name in place.copies] or [place.at]}
 
 
 def _prompts(config: ModelConfig) -> int:
@@ -392,6 +416,8 @@ def _is_head(path: str, config: ModelConfig) -> bool:
 def _is_matmul(path: str, config: ModelConfig) -> bool:
     if path.startswith(("llm/pooler/", "llm/classifier/", "llm/prompts/")):
         return False  # not used in training on language, or not for every position
+    if path.startswith("llm/embed/adapters/"):
+        return path.endswith("/lora_b")  # lora_a is looked up
     if path == "connector/embed/embedding":
         return bool(config.connector and config.connector.contrast_width)
     if "/plugs/" in path and path.endswith(("/down", "/up")):

@@ -409,7 +409,7 @@ def _laid_over(original: jax.Array, copy: jax.Array, place: Place) -> jax.Array:
     some = place.rows or place.layers
     if some is None or some == tuple(range(len(original))):
         return copy
-    wide = stored(original)
+    wide = jnp.asarray(stored(original))
     return wide.astype(jnp.promote_types(wide.dtype, copy.dtype) if place.layers else wide.dtype).at[np.array(some)].set(copy)
 
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+
 import jax
 import pytest
 
+from mmjax import tree
 from mmjax.assembly import model_config
 from mmjax.config import from_config_dict
 from mmjax.families import vila
 from mmjax.models import multimodal
-from mmjax.models.config import ModelConfig
+from mmjax.models.block_config import BlockConfig, Rope
+from mmjax.models.config import DecoderConfig, ModelConfig
+from mmjax.models.tuning_config import AffineConfig, Ia3Config, LoraConfig, NormConfig
 from tests.configs import expand, table
 
 
@@ -216,3 +222,25 @@ def test_robust_ger():
     assert trained("robust_ger", "") == {"correct": 30 * layer + network} == {"correct": 109_454_528}
     assert trained("robust_ger", "plain") == {"correct": 30 * (20 * 4096 + 32)} == {"correct": 2_458_560}
     assert trained("robust_ger", "lora") == {"correct": 32 * 4 * 16 * 8192} == {"correct": 16_777_216}
+
+
+def adapted(adapter) -> int:
+    """Trained parameters of an adapter on LLaMA-7B (arXiv 2302.13971): 32 layers, 4,096 wide, MLPs of 11,008."""
+    block = BlockConfig(4096, 32, 32, 128, 11008, "silu", "rms", 1e-6, True, False, False, False, Rope())
+    base = ModelConfig(llm=DecoderConfig(32000, 32, block, 2048))
+    shapes = tree.flatten(multimodal.shapes(dataclasses.replace(base, adapters=(adapter,))))
+    return sum(math.prod(leaf.shape) for path, leaf in shapes.items() if "/adapters/" in path)
+
+
+def test_adapters_of_llama_7b():
+    """LoRA (arXiv 2106.09685) of rank 8 on queries and values, 8 * (in + out) each; DoRA (arXiv 2402.09353) has a magnitude for each
+    output beside; IA3 (arXiv 2205.05638) a factor for each key, value and channel of the MLP; LLaMA-Adapter V2 (arXiv 2304.15010)
+    multimodal7b as released: biases of wq, wo, w1, w2, w3 and the norms' scales (OpenGVLab/LLaMA-Adapter, 1.10M and 0.27M)."""
+    queries_values = ("llm/layers/attention/{query,value}",)
+    assert adapted(LoraConfig("a", 8, 16.0, queries_values)) == 32 * 2 * 8 * (4096 + 4096) == 4_194_304
+    assert adapted(LoraConfig("a", 8, 16.0, queries_values, dora=True)) == 4_194_304 + 32 * 2 * 4096
+    ia3 = Ia3Config("a", ("llm/layers/*/{key,value,down}",), ("llm/layers/mlp/down",))
+    assert adapted(ia3) == 32 * (4096 + 4096 + 11008) == 614_400
+    biases = AffineConfig("a", ("llm/layers/attention/{query,output}", "llm/layers/mlp/*"), "bias")
+    assert adapted(biases) == 32 * (3 * 4096 + 2 * 11008) == 1_097_728
+    assert adapted(NormConfig("a", ("llm/**",))) == (2 * 32 + 1) * 4096 == 266_240
