@@ -19,7 +19,7 @@ SIZES_STEPS_DATA = re.compile(
     r"|model\.connector\.(text_vocab|text_positions|text_length|contrast_width)"
     r"|model\.cross_attention\.(every|first|heads|head_dim)"
     r"|model\.tokenizer\.(path|vocab_size|min_frequency)"
-    r"|model\.adapters\.\w+\.(rank|alpha|length|depth)"
+    r"|model\.adapters\.\w+\.(rank|alpha|length|depth|tokens|encoder_width)"
     r"|stages\.\w+\.(steps|epochs|rows|length|answer_length|tiles|accumulate)"
     r"|stages\.\w+\.validation\.(every|batches|patience)"
     r"|stages\.\w+\.(validation\.)?sources\..*"
