@@ -44,6 +44,7 @@ from mmjax.config import (
     Adapter,
     Connector,
     Evaluation,
+    Export,
     Image,
     Mesh,
     Model,
@@ -83,6 +84,7 @@ def get_config(argument: str = ""):
         run=tuple(stages),
         evaluations=evaluations,
         mesh=Mesh(data=1, fsdp=-1),
+        export=Export(format="original"),
     )
     return to_config_dict(tiny(recipe) if chosen.tiny else recipe)
 

@@ -32,6 +32,7 @@ from mmjax.catalogue import LLAMA2
 from mmjax.config import (
     Adapter,
     Evaluation,
+    Export,
     Mesh,
     Model,
     Optimizer,
@@ -75,5 +76,6 @@ def get_config(argument: str = ""):
         run=("correct",),
         evaluations={"test": Evaluation(source=source("test"), metrics=("wer",), max_new_tokens=150)},
         mesh=Mesh(data=1, fsdp=-1),
+        export=Export(format="hf" if chosen.way == "lora" else "original"),
     )
     return to_config_dict(tiny(recipe) if chosen.tiny else recipe)

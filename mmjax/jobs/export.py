@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,8 @@ from mmjax.export import save_adapters, without_adapters
 from mmjax.model import Model
 from mmjax.models import multimodal, prompts
 from mmjax.models.adapters import leaves_of
+from mmjax.models.config import ModelConfig
+from mmjax.models.tuning_config import NoisePromptConfig
 from mmjax.results import record
 from mmjax.training.trainable import select
 
@@ -94,8 +98,22 @@ def logit_difference(model: Model, other: Model) -> float:
         images=None if images is None else jnp.asarray(images, jnp.uint8),
         task=jnp.zeros((1, length), jnp.int32),
     )
+    if model.config.media_beside:
+        batch = _with_medium_beside(model.config, batch, rng)
     first, second = (_logits(m, batch)[..., :vocab] for m in (model, other))
     return float(np.abs(first - second).max() / np.abs(first).max())
+
+
+def _with_medium_beside(config: ModelConfig, batch: Batch, rng: np.random.Generator) -> Batch:
+    """The batch with a random picture, or a noise embedding, beside its text."""
+    noise = next((a for a in config.adapters if isinstance(a, NoisePromptConfig)), None)
+    if noise is not None:
+        medium: dict[str, Any] = {"features": jnp.asarray(rng.normal(size=(1, 1, noise.length, noise.channels)), jnp.float32)}
+    else:
+        side = config.encoder.image_size
+        medium = {"images": jnp.asarray(rng.integers(0, 256, (1, 1, side, side, 3)), jnp.uint8)}
+    rows = {"row_media": jnp.zeros((1, 1), jnp.int32), "media_segments": jnp.ones((1, 1), jnp.int32)}
+    return dataclasses.replace(batch, **medium, **rows)
 
 
 def _logits(model: Model, batch: Batch) -> np.ndarray:

@@ -79,14 +79,15 @@ def plug(config: AdaptionPromptConfig, llm: DecoderConfig, beside: Beside | None
             return None
         prompts, mask = _prompts(params, config, reads, query.dtype)
         keys, values = project(prompts, config.adapted)
-        return Extra(keys, values, gate(params, config, prompts.shape[1]), mask=mask)
+        count = config.length if config.learned or reads is None else reads.tokens.shape[2]
+        return Extra(keys, values, gate(params, config, count), mask=mask)
 
     return ports.Plug(config.name, "keys_values", sits_on(config.bottom, config.depth, llm.layers), call)
 
 
 def gate(params: Params, config: AdaptionPromptConfig, count: int) -> jax.Array:
-    """What the prompts' attention is multiplied by, float32 [heads] or [1]. Its factor is left out where there is one prompt (as in V2's
-    code)."""
+    """What the prompts' attention is multiplied by, float32 [heads] or [1]. Its factor is left out where there is one prompt to read
+    (as in V2's code)."""
     value = params["gate"].astype(jnp.float32)
     value = jnp.tanh(value) if config.gate_fn == "tanh" else value
     return value * params["gate_scale"].astype(jnp.float32) if config.gate_scale and count > 1 else value

@@ -13,10 +13,10 @@ import mmjax
 from mmjax import tree
 from mmjax.errors import UserError
 from mmjax.export import save_adapters
-from mmjax.families import llama
+from mmjax.families import llama, robust_ger
 from mmjax.families.llama_adapter import BIASED
 from mmjax.model import Model
-from mmjax.models import multimodal
+from mmjax.models import adaption_prompt, multimodal
 from mmjax.models.tuning_config import AdaptionPromptConfig, AffineConfig, LoraConfig, NoisePromptConfig, NormConfig
 
 torch = pytest.importorskip("torch")
@@ -115,6 +115,31 @@ def test_lora_without_alpha_and_a_gates_factor_are_turned_with_their_rows(golden
     np.testing.assert_allclose(again(inputs)["logits"], model(inputs)["logits"], rtol=1e-5, atol=1e-5)
     prompt = {**inputs, "tokens": inputs["tokens"][:, :3]}
     assert again.generate(prompt, max_new_tokens=2, ignore_eos=True).shape == (2, 2)
+
+
+def test_robust_ger_around_falcon(tmp_path):
+    """One key for all heads, one norm in front of both sublayers, layer norms, a plain MLP, half of each head turned."""
+    config = {
+        "model_type": "robust_ger", "vocab_size": 60, "padded_vocab_size": 64, "n_layer": 2, "n_head": 4, "n_embd": 32, "n_query_groups": 1,
+        "rotary_percentage": 0.5, "parallel_residual": True, "shared_attention_norm": True, "bias": False, "_norm_class": "LayerNorm",
+        "_mlp_class": "GptNeoxMLP", "adapter_prompt_length": 3, "adapter_start_layer": 0, "n_state": 6,
+    }  # fmt: skip
+    shape = robust_ger.FAMILY.read_config(config, "here")
+    model = Model(shape, drawn(shape), robust_ger.FAMILY, config)
+    model.save_pretrained(tmp_path)
+    stored = mmjax.checkpoints.safetensors.read(tmp_path / "model.safetensors")
+    assert stored["transformer.h.1.attn.attn.weight"].shape == (48, 32) and "transformer.h.0.norm_2.weight" not in stored
+    assert stored["transformer.h.0.attn.key_gating_factor"].shape == (1, 4, 3, 8) and "transformer.h.0.mlp.fc.weight" in stored
+    inputs = {"idx": IDS % 60, "emb_diff": np.random.default_rng(1).normal(size=(2, 3, 6)).astype(np.float32)}
+    np.testing.assert_allclose(mmjax.load(tmp_path)(inputs)["logits"], model(inputs)["logits"], rtol=1e-5, atol=1e-5)
+
+
+def test_a_single_prompt_is_read_without_the_gates_factor():
+    """As V2's code has it: over one key there is no softmax, and new_gate is left out."""
+    leaves = {"gate": jax.numpy.array([0.5, -1.0]), "gate_scale": jax.numpy.array([3.0])}
+    one, more = AdaptionPromptConfig("p", 1, gate_scale=True), AdaptionPromptConfig("p", 2, gate_scale=True)
+    np.testing.assert_allclose(adaption_prompt.gate(leaves, one, 1), np.tanh([0.5, -1.0]), rtol=1e-6)
+    np.testing.assert_allclose(adaption_prompt.gate(leaves, more, 2), 3 * np.tanh([0.5, -1.0]), rtol=1e-6)
 
 
 def test_what_no_layout_holds_is_said_by_name(tmp_path):
