@@ -158,7 +158,7 @@ def test_an_export_comes_back(model, tmp_path, layout, capsys):
 
 def test_an_export_that_comes_back_different_is_refused(model, tmp_path, monkeypatch):
     spoilt = jax.tree.map(lambda leaf: leaf * 1.01, model.params)
-    monkeypatch.setattr(export.mmjax, "load", lambda *_: dataclasses.replace(model, params=spoilt))
+    monkeypatch.setattr(export.mmjax, "load", lambda *_, **__: dataclasses.replace(model, params=spoilt))
     with pytest.raises(UserError, match="read back its logits differ"):
         export.export(model, small_workdir.RECIPE, tmp_path)
 
