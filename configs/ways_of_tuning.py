@@ -6,8 +6,8 @@
 
 The base is the quickstart's (configs/quickstart.py), shown and asked all but three kinds of question: it sees, and answers where a digit
 is and whether it is there. Each way of tuning then teaches it, on scenes of real handwriting, to count, to find the largest and to add up,
-with everything else frozen; `full` trains all of the language model, `none` nothing. Learning rates are one for each way, chosen among
-4e-3, 1.6e-2 and 6.4e-2 (full: 1e-3, 4e-3) by the loss at the end of training.
+with everything else frozen; `full` trains all of the language model. Learning rates are one for each way, chosen among a few by the loss
+at the end of training. LaVIN's mixture of modalities (configs/lavin.py) is not among them: it puts a token of its own into the text.
 """
 
 from __future__ import annotations
@@ -39,12 +39,16 @@ BESIDE, BEFORE, WITHIN = ("llm/**/adapters/tune/**",), ("llm/prompts/tune/**",),
 WAYS: dict[str, tuple[Adapter | None, tuple[str, ...], float]] = {
     "lora": (Adapter(rank=8, alpha=16.0, targets=LINEARS), BESIDE, 4e-3),
     "dora": (Adapter(rank=8, alpha=16.0, targets=LINEARS, dora=True), BESIDE, 4e-3),
-    "ia3": (Adapter(kind="ia3", targets=("llm/layers/*/{key,value,down}",), feedforward=("llm/layers/mlp/down",)), BESIDE, 3e-2),
-    "affine": (Adapter(kind="affine", targets=LINEARS), BESIDE, 1.6e-2),
-    "norm": (Adapter(kind="norm", targets=NORMS), BESIDE, 3e-2),
-    "prompt": (Adapter(kind="prompt", tokens=16), BEFORE, 3e-2),
+    "ia3": (Adapter(kind="ia3", targets=("llm/layers/*/{key,value,down}",), feedforward=("llm/layers/mlp/down",)), BESIDE, 8e-2),
+    "affine": (Adapter(kind="affine", targets=LINEARS), BESIDE, 4e-2),
+    "norm": (Adapter(kind="norm", targets=NORMS), BESIDE, 8e-2),
+    "prompt": (Adapter(kind="prompt", tokens=16), BEFORE, 1e-1),
     "p_tuning": (Adapter(kind="p_tuning", tokens=16, encoder="mlp"), BEFORE, 4e-3),
     "prefix": (Adapter(kind="prefix", tokens=16), WITHIN, 3e-2),
+    "llama_adapter": (Adapter(kind="adaption_prompt", length=16, depth=3), WITHIN, 1.5e-1),
+    "houlsby": (Adapter(kind="bottleneck", width=16, places=("attention", "mlp"), reads="output"), WITHIN, 1.2e-2),
+    "pfeiffer": (Adapter(kind="bottleneck", width=16), WITHIN, 1.2e-2),
+    "parallel": (Adapter(kind="bottleneck", width=16, reads="input"), WITHIN, 1.2e-2),
     "full": (None, ("llm/layers/**", "llm/final_norm/**", "llm/embed/**"), 1e-3),
 }
 
