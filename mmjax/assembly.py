@@ -280,6 +280,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         pooled=section.pooled,
         projected=section.projected,
         scales=tuple(section.scales),
+        class_tokens=section.class_tokens,
     )
     if len(found) == 1:
         config, family, foreign = next(iter(found.values()))
@@ -291,6 +292,8 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         raise UserError("model.pooled: this encoder makes no one vector of its states")
     if features.projected and (not isinstance(tower.vision, ViTConfig) or not tower.vision.projection):
         raise UserError("model.projected: this encoder has no projection; its config.json names CLIPVisionModelWithProjection, or is CLIP's")
+    if features.class_tokens and not (isinstance(tower.vision, ViTConfig) and tower.vision.class_token):
+        raise UserError("model.class_tokens: this encoder has no class token")
     tower = tower.at_size(section.image.size) if section.image.size else tower
     if section.stitching:
         features = dataclasses.replace(features, stitching=_stitching(section, tower))

@@ -46,6 +46,7 @@ def _llama(path: str, **fields: Any) -> Part:
 _FIRST: dict[str, Any] = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 LLAMA1 = {
     "7b": _llama("huggyllama/llama-7b", **_FIRST),
+    "13b": _llama("huggyllama/llama-13b", **_FIRST, **_LLAMA_13B),
     "65b": _llama(
         "huggyllama/llama-65b",
         max_position_embeddings=2048,

@@ -179,7 +179,8 @@ class Adapter:
 
     kind      "lora"; "ia3"; "affine" (LLaMA-Adapter V2's bias and scale of Linears); "norm" (norms tuned in copies); in front of the text "prompt",
               "p_tuning", "multitask_prompt" (mmjax.models.prompts), "prefix" (mmjax.models.prefix); in blocks "bottleneck" (mmjax.models.bottleneck),
-              "adaption_prompt" (LLaMA-Adapter, mmjax.models.adaption_prompt), "noise_prompt" (RobustGER, mmjax.models.noise_prompt)
+              "adaption_prompt" (LLaMA-Adapter, mmjax.models.adaption_prompt), "noise_prompt" (RobustGER, mmjax.models.noise_prompt),
+              "modality_mixture" (LaVIN, mmjax.models.modality_mixture)
     targets   globs over paths of Linears (which end before `/kernel`) or norms (before `/scale`); llm/layers[16:32]/** chooses layers.
               `**` reaches those in blocks, plugs and connectors; heads and the table of tokens are named: llm/head, llm/embed
     rank_pattern, alpha_pattern   of lora: glob over Linears -> value, the first that matches counts
@@ -195,14 +196,15 @@ class Adapter:
               prefix' keys) and, of an LSTM, `encoder_depth` layers
     tasks     that multi-task prompts know (a source's or a row's `task_id` says which it is of), each with a matrix of rank `task_rank`
     projected   an MLP makes a prefix' keys and values
-    reduction, width   of a bottleneck: its channels are `width`, or, with 0, those of the block / `reduction`
-    places    of a bottleneck: the sublayers it sits at; parts: in the blocks of "llm", of an encoder-decoder's "encoder", of "vision";
-              layers: of these; empty = all
+    reduction, width   of a bottleneck: its channels are `width`, or, with 0, those of the block / `reduction`; a mixture has a width
+    places    of what is in blocks: the sublayers it sits at; parts: in the blocks of "llm", of an encoder-decoder's "encoder", of
+              "vision"; layers: of these; empty = all
     reads     of a bottleneck: "output" of the sublayer (with both places: Houlsby), the stream "joined" behind it (with "mlp": Pfeiffer),
               or its "input" (parallel)
     activation, scale, norm_before, norm_after   of a bottleneck: between its halves, of what it adds, layer norms around it
     length, depth, bottom, media, gate, gate_fn, gate_scale, adapted   of adaption_prompt: see mmjax.models.tuning_config.AdaptionPromptConfig
     channels, audio   of noise_prompt (with length and depth): see mmjax.models.tuning_config.NoisePromptConfig
+    groups, temperature, visual_router   of a mixture, which has a `scale`, too: see mmjax.models.tuning_config.ModalityMixtureConfig
     """
 
     kind: Literal[
@@ -217,6 +219,7 @@ class Adapter:
         "bottleneck",
         "adaption_prompt",
         "noise_prompt",
+        "modality_mixture",
     ] = "lora"
     targets: tuple[str, ...] = ("llm/layers/**",)
     rank: int = 8
@@ -260,6 +263,9 @@ class Adapter:
     adapted: bool = True
     channels: int = 384
     audio: int = 0
+    groups: int = 2
+    temperature: float = 10.0
+    visual_router: Literal["released", "per_sample_cls"] = "released"
 
 
 @dataclasses.dataclass
@@ -302,6 +308,7 @@ class Model:
     mask            who sees whom: "causal"; "prefix" (a prompt's tokens see each other both ways: PaliGemma); "media" (an image's do:
                     Gemma 3, GIT); "opening" (the first image's and what stands in front of it do: moondream 2); "" = as `path` has it,
                     causal where the parts are joined here
+    class_tokens    the connector reads the class token alone of each of `feature_layers`, a position for each (LaVIN)
     pooled          the connector reads one vector, what the encoder itself makes of all its states, in place of them
     projected       ... each position as the encoder's own projection makes it (CLIP's; LLaMA-Adapter V2)
     stitching       the tiles of a picture become one map, of the size of a tile's, whose features are joined to the overview's on
@@ -326,6 +333,7 @@ class Model:
     scales: tuple[int, ...] = (1,)
     keep_class_token: bool = False
     post_norm: bool = False
+    class_tokens: bool = False
     pooled: bool = False
     projected: bool = False
     stitching: Literal["", "area", "bilinear"] = ""
@@ -348,7 +356,8 @@ class Source:
     """One data set.
 
     kind     "llava" (LLaVA conversations, .json/.jsonl, also .gz), "messages" (JSONL of messages), "captions" (JSONL, `image` and a list of
-             captions), "pairs" and "mimic_it" (see mmjax.data.pairs), "mmc4" and "obelics" (documents, see mmjax.data.interleaved),
+             captions), "pairs" and "mimic_it" (see mmjax.data.pairs), "science_qa" (see mmjax.data.science_qa), "mmc4" and "obelics"
+             (documents, see mmjax.data.interleaved),
              "alpaca" and "hypotheses" (instructions, N-best lists of speech recognition, see mmjax.data.instructions), "drawn_hypotheses",
              "digits" (handwriting scenes drawn from scikit-learn's digits), "digit_facts" (their text-only twin)
     path     the file, for some kinds a glob of .tar or .parquet files; images: a folder, a .tar, a glob of .tar files, or a .json of base64
@@ -367,6 +376,7 @@ class Source:
         "captions",
         "pairs",
         "mimic_it",
+        "science_qa",
         "mmc4",
         "obelics",
         "alpaca",
@@ -486,12 +496,13 @@ class FewShot:
 class Evaluation:
     """Held-out questions answered by generation and scored.
 
-    metrics   "accuracy" (exact match after normalisation), "bleu", "cider", "wer" (word errors); blind: also score with images shuffled and withheld
+    metrics   "accuracy" (exact match after normalisation), "letter" (accuracy of the option that an answer names), "bleu", "cider", "wer"
+              (word errors); blind: also score with images shuffled and withheld
     """
 
     source: Source = dataclasses.field(default_factory=Source)
     few_shot: FewShot = dataclasses.field(default_factory=FewShot)
-    metrics: tuple[Literal["accuracy", "bleu", "cider", "wer"], ...] = ("accuracy",)
+    metrics: tuple[Literal["accuracy", "letter", "bleu", "cider", "wer"], ...] = ("accuracy",)
     blind: bool = False
     max_new_tokens: int = 32
     num_beams: int = 1

@@ -31,7 +31,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("latents", "heads", "cross_every", "text_positions"), (1, math.inf)),
     **dict.fromkeys(("mlp_width", "text_vocab", "text_length", "contrast_width"), (0, math.inf)),
     **dict.fromkeys(("tokens", "tasks", "task_rank", "encoder_depth", "channels"), (1, math.inf)),
-    **dict.fromkeys(("encoder_width", "task", "first", "audio", "noise_distillation"), (0, math.inf)),
+    **dict.fromkeys(("encoder_width", "task", "first", "audio", "noise_distillation", "width"), (0, math.inf)),
     **dict.fromkeys(("clip_norm", "weight_decay", "temperature", "top_k", "patience", "every"), (0, math.inf)),
     **dict.fromkeys(("keep", "keep_best", "workers", "samples", "shots", "text_only", "size", "grid", "profile_step"), (0, math.inf)),
     **dict.fromkeys(("dropout", "warmup_ratio", "end_factor", "b1", "b2", "label_smoothing"), (0, 1)),
@@ -182,6 +182,13 @@ def _plugged(key: str, name: str, adapter: Adapter) -> Iterator[str]:
             yield f"{key}.{field} is empty, or says something twice: {getattr(adapter, field)}."
     if list(adapter.layers) != sorted(set(adapter.layers)) or any(layer < 0 for layer in adapter.layers):
         yield f"{key}.layers are {adapter.layers}; they count from 0, ascending."
+    if adapter.kind == "modality_mixture":
+        if "encoder" in adapter.parts:
+            yield f"{key}.parts: an encoder-decoder's encoder has no modality tokens; there are 'llm' and 'vision'."
+        if adapter.width < 1 or adapter.groups < 1 or adapter.width % adapter.groups:
+            yield f"{key}.width is {adapter.width}, which {adapter.groups} groups do not divide."
+        if not adapter.temperature:
+            yield f"{key}.temperature is 0; the router's logits are divided by it."
     if adapter.reduction <= 0:
         yield f"{key}.reduction is {adapter.reduction}; it must be more than 0."
 

@@ -22,6 +22,7 @@ from mmjax.families import (
     idefics,
     internvl,
     keys,
+    lavin,
     llama_adapter,
     llava,
     llava_llama,
@@ -38,6 +39,7 @@ from mmjax.models.encoder_config import ViTConfig
 from mmjax.models.tuning_config import (
     AdaptionPromptConfig,
     BottleneckConfig,
+    ModalityMixtureConfig,
     NoisePromptConfig,
     NormConfig,
     PrefixConfig,
@@ -192,6 +194,8 @@ def _target(model: Model, layout: str) -> tuple[Family, Config]:
     """The family to write, and the config.json from which its own is made."""
     if layout not in ("", *LAYOUTS):
         raise UserError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+    if any(isinstance(adapter, ModalityMixtureConfig) for adapter in model.config.adapters):
+        return _with_mixture(model, layout)
     whole = model.config.connector is not None
     if any(isinstance(adapter, AdaptionPromptConfig | NoisePromptConfig) for adapter in model.config.adapters):
         return _with_prompts(model, layout)
@@ -262,6 +266,18 @@ def _with_prompts(model: Model, layout: str) -> tuple[Family, Config]:
         f"the prompts of {', '.join(_names(model))} do not fit {f'the layout {layout!r}' if layout else 'any layout'} ({'; '.join(reasons)}); "
         "a workdir keeps them, and so may peft's layout (mmjax.export.save_adapters)"
     )
+
+
+def _with_mixture(model: Model, layout: str) -> tuple[Family, Config]:
+    """The same for a model with a mixture of modality adapters, which LaVIN's layout alone holds."""
+    kept = tuple(a for a in model.config.adapters if isinstance(a, ModalityMixtureConfig))  # others are merged
+    why = lavin.expressible(dataclasses.replace(model.config, adapters=kept))
+    if why or layout not in ("", "original"):
+        raise UserError(
+            f"a mixture of modality adapters is held by LaVIN's layout alone (--config.export.format=original): {why or f'not by {layout!r}'}; "
+            "a workdir keeps it as it is"
+        )
+    return lavin.FAMILY, model.foreign if model.family is lavin.FAMILY else {"model_type": "lavin"}
 
 
 def _between_blocks(model: Model, layout: str) -> tuple[Family, Config]:

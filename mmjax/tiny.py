@@ -83,6 +83,9 @@ def _model(model: Model) -> Model:
         grid=min(model.connector.grid, 3),
         **queries,
     )
+    depth, layers = int(model.vision.config.get("num_hidden_layers", 0)), model.feature_layers
+    if any(layer > SIZES["num_hidden_layers"] for layer in layers):  # counted from the first: as far up as they are
+        layers = tuple(dict.fromkeys(-(-layer * SIZES["num_hidden_layers"] // depth) for layer in layers))
     crossed = model.cross_attention
     if crossed.every:
         every = min(crossed.every, SIZES["num_hidden_layers"])
@@ -95,6 +98,7 @@ def _model(model: Model) -> Model:
         llm=_part(model.llm),
         vision=_part(model.vision),
         connector=connector,
+        feature_layers=layers,
         cross_attention=crossed,
         image=dataclasses.replace(model.image, size=0, overlap=min(model.image.overlap, SIZES["patch_size"])),
         tokenizer=dataclasses.replace(model.tokenizer, path="", vocab_size=SIZES["vocab_size"]),

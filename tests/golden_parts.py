@@ -17,13 +17,24 @@ from mmjax.data.encoding import IGNORED, Encoder, Example
 from mmjax.data.messages import Sample
 from mmjax.data.templates import Segment, Template
 from mmjax.errors import UserError
-from mmjax.families import anymal, flamingo, keys, moondream_2024, vila
+from mmjax.families import anymal, flamingo, keys, lavin, moondream_2024, open_flamingo, vila
 from mmjax.families import minigpt4 as minigpt4_family
 from mmjax.families import robust_ger as robust_ger_family
-from mmjax.models import connectors, gated_cross_attention, image_text, mine, multimodal, perceiver
+from mmjax.models import (
+    connectors,
+    gated_cross_attention,
+    image_text,
+    mine,
+    modality_mixture,
+    multimodal,
+    perceiver,
+    plugged,
+    vit,
+)
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import Execution, ModelConfig
-from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
+from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig, ViTConfig
+from mmjax.models.tuning_config import ModalityMixtureConfig
 from mmjax.preprocessing import read_tokenizer
 
 Arrays = dict[str, Any]
@@ -287,6 +298,45 @@ def robust_ger_mine(directory: Path, config: Arrays, inputs: Arrays, wanted: set
     }
 
 
+def _mixture(config: Arrays, groups: int = 2) -> ModalityMixtureConfig:
+    places = ("attention", "mlp") if "block" in config.get("method", "") else ("attention",)
+    groups, scale, temperature = config.get("groups", groups), float(config["scale"]), float(config["t"])
+    return ModalityMixtureConfig("x", config["hidden_dim"], groups, temperature, scale, 0.0, places=places, parts=("vision",))  # type: ignore[arg-type]
+
+
+def lavin_adapter(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """The adapter alone. The first position routes a row."""
+    adapter, width = _mixture(config), config["in_features"]
+    shapes = jax.eval_shape(lambda: {"plugs": modality_mixture.init(jax.random.key(0), adapter, width, 1)})
+    rules = lavin.mixture_rules(adapter, "{i}.", "plugs/", {"attention": "x"})
+    stored = {f"0.x.{name}": tensor for name, tensor in weights.read(directory).items()}
+    found = keys.load(stored, rules, shapes, dtype="float32", where=directory)["plugs"]["attention"]
+    leaves = jax.tree.map(lambda leaf: leaf[0], found)
+    x, made = inputs["x"], {}
+    made["router_weights"] = modality_mixture.weigh(leaves, adapter, x[:, 0])
+    made["output"] = modality_mixture.adapt(leaves, adapter, x, made["router_weights"][:, None])
+    if "weights" in inputs:
+        made["output_fixed_weights"] = modality_mixture.adapt(leaves, adapter, x, inputs["weights"][:, None])
+    return made
+
+
+def lavin_clip_block(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
+    """Blocks of CLIP with adapters, in the authors' order of axes: positions, pictures, channels."""
+    stored = weights.read(directory)
+    width, layers = config["width"], 1 + max(int(name.split(".")[0]) for name in stored)
+    heads = config["heads"]
+    block = BlockConfig(width, heads, heads, width // heads, 4 * width, "quick_gelu", "layer", 1e-5, False, True, True, True)
+    shape = ModelConfig(vision=ViTConfig(14, 14, layers, block), adapters=(_mixture(config),))
+    table = open_flamingo.tower_rules(shape.vision)  # type: ignore[arg-type]
+    prefix = "transformer.resblocks."
+    rules = [dataclasses.replace(r, name=r.name.removeprefix(prefix)) for r in table if r.name.startswith(prefix)]
+    rules += lavin.mixture_rules(shape.adapters[0], "{i}.", "vision/plugs/x/")  # type: ignore[arg-type]
+    params = keys.load(stored, rules, multimodal.shapes(shape), dtype="float32", where=directory)["vision"]
+    plugs = plugged.plugs(shape, "vision")
+    last, _ = vit.run_blocks(params, shape.vision, inputs["x_lnd"].swapaxes(0, 1), None, layers, False, Execution(), (), plugs)
+    return {"output_lnd": last.swapaxes(0, 1)}
+
+
 def _turns(config: Arrays) -> list[list[str]]:
     """What the user and the model say in each row, in turn, as the reference writes it before it tokenises."""
     samples, end, asks = config["samples"], config["end_sym"], config["prompt_template"].format
@@ -336,6 +386,8 @@ PARTS = {
     "anymal_perceiver": anymal_perceiver,
     "flamingo_gated_xattn": gated_cross_attention_block,
     "flamingo_perceiver": flamingo_perceiver,
+    "lavin_adapter": lavin_adapter,
+    "lavin_clip_block": lavin_clip_block,
     "lavis_qformer": lavis_qformer,
     "llama_adapter_v1": llama_adapter,
     "llama_adapter_v2": llama_adapter,

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from mmjax import config
-from mmjax.data import images, in_context, instructions, interleaved, messages, pairs, stores
+from mmjax.data import images, in_context, instructions, interleaved, messages, pairs, science_qa, stores
 from mmjax.data.messages import PLACEHOLDER, BadSample, Sample
 from mmjax.data.rows import open_rows
 from mmjax.errors import UserError
@@ -277,6 +277,11 @@ def _mimic_it(source: config.Source) -> Dataset:
     return pairs.MimicIt(source.path, source.images, **source.options)
 
 
+def _science_qa(source: config.Source) -> Dataset:
+    _known_options(source, ("split", "splits", "captions", "explained"))
+    return science_qa.ScienceQA(source.path, source.images, **source.options)
+
+
 def _known_options(source: config.Source, known: tuple[str, ...]) -> None:
     """Raises UserError for an option that is neither among these nor one of every kind."""
     known = (*known, "prompts")
@@ -296,6 +301,7 @@ OPENERS: dict[str, Callable[[config.Source], Dataset]] = {
     "captions": _captions,
     "pairs": _pairs,
     "mimic_it": _mimic_it,
+    "science_qa": _science_qa,
     "mmc4": _mmc4,
     "obelics": _obelics,
     "alpaca": _rows_opener(instructions.from_alpaca),

@@ -356,6 +356,12 @@ _MOONDREAM = _turns(
     prompt="{{ 'Answer:' }}",
 )
 
+# LaVIN's: the picture is said to be one, or that there is none; what ends an answer is the text's end.
+_LAVIN = _turns(
+    "{{ ('Image: ' + (pictures(m.content) or 'N/A ')) if loop.first else '\\n' }}{{ words(m.content) + '\\nResponse:' }}",
+    _supervised("{{ words(m.content) }}{{ eos_token }}"),
+)
+
 _CURIOUS = (
     "A chat between a curious {0} and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to {1} questions."
@@ -385,6 +391,7 @@ _NAMED: dict[str, tuple[str, str, tuple[str, ...], tuple[str, ...]]] = {
     "doubutsu": (_DOUBUTSU, _SEES, ("<|im_end|>",), ("<|im_start|>", "<|im_end|>")),
     "moondream": (_MOONDREAM, "", ("<END>",), ()),
     **instruction_templates.NAMED,
+    "lavin": (_LAVIN, "", (), ()),
     **document_templates.NAMED,
     **qformer_templates.NAMED,
     **prefix_templates.NAMED,

@@ -25,6 +25,17 @@ def is_right(answer: str, accepted: Sequence[str]) -> bool:
     return normalise(answer) in {normalise(text) for text in accepted}
 
 
+def same_letter(answer: str, accepted: Sequence[str]) -> bool:
+    """Whether the answer names the option of one of the accepted ones: "The answer is B. BECAUSE: ...", "(B)" or "B"."""
+    return letter(answer) in {letter(text) for text in accepted} - {""}
+
+
+def letter(text: str) -> str:
+    """The letter of the option that a text names; "" where it names none."""
+    found = re.search(r"\banswer is:? \(?([A-Z])\b", text) or re.fullmatch(r"\(?([A-Z])\)?[.:]?", text.strip())
+    return found[1] if found else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Score:
     """So many right of so many."""

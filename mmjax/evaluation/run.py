@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from mmjax.results import record
 
 log = logging.getLogger(__name__)
 
-METRICS = ("accuracy", "bleu", "cider", "wer")
+METRICS = ("accuracy", "letter", "bleu", "cider", "wer")
+RIGHT = {"accuracy": answers.is_right, "letter": answers.same_letter}
 
 
 def evaluate(model: Model, recipe: Recipe, workdir: Path) -> dict[str, float]:
@@ -69,7 +70,7 @@ def _evaluate_one(
         if usual := blind.most_frequent(training):
             given["most_frequent"] = [usual.get(sample.kind, usual[""]) for sample in samples]
     figures: dict[str, float] = {"shots": settings.shots} if examples else {}
-    if "accuracy" in evaluation.metrics:
+    if _right(evaluation):
         figures |= _accuracy(samples, given, evaluation, name, workdir)
     if {"bleu", "cider"} & set(evaluation.metrics):
         figures |= _captions(samples, given, evaluation)
@@ -77,7 +78,7 @@ def _evaluate_one(
         figures |= _word_errors(samples, given)
     _write(samples, given, evaluation, workdir / f"answers_{name}.jsonl")
     shown = _spread(samples, evaluation.samples)
-    pictures = [_drawn(samples[i], given[""][i], dataset, "accuracy" in evaluation.metrics) for i in shown]
+    pictures = [_drawn(samples[i], given[""][i], dataset, evaluation) for i in shown]
     drawing.sample_answers(workdir / f"answers_{name}.png", pictures)
     return figures
 
@@ -104,10 +105,11 @@ def _answers(model: Model, evaluation: Evaluation, samples: Sequence[Sample], op
 def _accuracy(
     samples: Sequence[Sample], given: dict[str, list[str]], evaluation: Evaluation, name: str, workdir: Path
 ) -> dict[str, float]:
-    apart = evaluation.report_apart
+    apart, right = evaluation.report_apart, _right(evaluation)
+    assert right is not None
     kinds = [sample.kind for sample in samples]
     scores = {
-        source: answers.by_kind(kinds, (answers.is_right(t, s.answers) for t, s in zip(texts, samples)))
+        source: answers.by_kind(kinds, (right(t, s.answers) for t, s in zip(texts, samples)))
         for source, texts in given.items()
     }
     totals = {source: answers.total(table, apart) for source, table in scores.items()}
@@ -133,6 +135,11 @@ def _accuracy(
     unseen = {every: max((totals[t] for t in twins), key=lambda s: s.right), **best} if twins else None
     drawing.results(workdir / f"results_{name}.png", shown, unseen)
     return figures
+
+
+def _right(evaluation: Evaluation) -> Callable[[str, Sequence[str]], bool] | None:
+    """What says whether an answer is right, if the metrics ask for it."""
+    return next((RIGHT[metric] for metric in evaluation.metrics if metric in RIGHT), None)
 
 
 def _captions(samples: Sequence[Sample], given: dict[str, list[str]], evaluation: Evaluation) -> dict[str, float]:
@@ -198,19 +205,20 @@ def _write(samples: Sequence[Sample], given: dict[str, list[str]], evaluation: E
                 "expected": list(sample.answers),
                 "images": [part["path"] for part in messages.images(sample.messages) if "path" in part],
             }
-            if "accuracy" in evaluation.metrics:
-                row["right"] = answers.is_right(given[""][i], sample.answers)
+            if right := _right(evaluation):
+                row["right"] = right(given[""][i], sample.answers)
             row |= {f"answer_{source}": texts[i] for source, texts in given.items() if source}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def _drawn(sample: Sample, text: str, dataset: sources.Dataset, scored: bool) -> drawing.Answer:
+def _drawn(sample: Sample, text: str, dataset: sources.Dataset, evaluation: Evaluation) -> drawing.Answer:
     shown = messages.images(sample.messages)
     image = None
     if shown:
         image = dataset.image(shown[0]["path"]) if "path" in shown[0] else shown[0]["image"]
         image = image if isinstance(image, Image.Image) else None  # an embedding is not shown
-    right = answers.is_right(text, sample.answers) if scored else None
+    scored = _right(evaluation)
+    right = scored(text, sample.answers) if scored else None
     return drawing.Answer(_question(sample), text, sample.answers[0] if sample.answers else "", right, image)
 
 

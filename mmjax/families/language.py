@@ -185,7 +185,7 @@ def media_features(
     pictures one after another."""
     assert batch.images is not None
     images = jax.tree.map(jnp.asarray, batch.images)
-    if not isinstance(config.vision, ViTConfig) or config.features.pooled or len(config.features.scales) > 1:
+    if not isinstance(config.vision, ViTConfig) or config.features.joined or len(config.features.scales) > 1:
         found = multimodal.vision_features(params, config, images, run)
         found = found.reshape(-1, *found.shape[-2:])
         return [found], found

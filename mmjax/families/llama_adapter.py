@@ -56,7 +56,7 @@ def _read_v2(config: Config, where: str) -> ModelConfig:
         prompts = _prompts(fields, "adapter_len", "adapter_layer", "tanh")
         return ModelConfig(llm=llm, adapters=(*_scaled(fields), *prompts))
     clip = fields.part("clip", "clip")
-    tower = _tower(Fields(clip, f"{where}: clip"), fields.get("clip_vision_head_dim", 64))
+    tower = openai_clip(Fields(clip, f"{where}: clip"), fields.get("clip_vision_head_dim", 64))
     width, heads = fields.get("v_embed_dim", 768), fields.get("v_num_heads", 16)
     connector = ConnectorConfig(
         "visual_blocks",
@@ -112,7 +112,7 @@ def _biased(fields: Fields) -> bool:
     return bool(fields.get("w_bias", fields.get("phase", "finetune") == "finetune"))
 
 
-def _tower(fields: Fields, head_dim: int) -> ViTConfig:
+def openai_clip(fields: Fields, head_dim: int) -> ViTConfig:
     """OpenAI's CLIP, by the arguments of its class."""
     width = fields.need("vision_width")
     heads = width // head_dim

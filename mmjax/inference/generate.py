@@ -238,8 +238,8 @@ def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, 
     if position.ndim == 2:  # of several axes: the largest, whatever stands last
         position = jnp.broadcast_to(reading.positions.max((1, 2))[:, None], position.shape)
     prompt = {"cache": out.cache, "position": position, "segment": reading.segments[:, -1]}
-    media, beside = (held.at_end() if held is not None else None for held in (reading.media, reading.beside))
-    return logits, prompt, multimodal.Remembered(reading.memory, media, beside)  # type: ignore[arg-type]
+    held: list[Any] = [part.at_end() if part is not None else None for part in (reading.media, reading.beside, reading.routed)]
+    return logits, prompt, multimodal.Remembered(reading.memory, *held)
 
 
 def _seen(batch: Batch, vocab: int) -> jax.Array:

@@ -27,7 +27,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.run import evaluate
 from mmjax.jobs.export import export
 from mmjax.model import Model
-from mmjax.models import prefix, quantised
+from mmjax.models import modality_mixture, prefix, quantised
 from mmjax.models.adapters import leaves_of
 from mmjax.models.decoder import require_positions
 from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
@@ -61,6 +61,8 @@ def run(recipe: Recipe, workdir: Path) -> None:
 
     model = assemble(recipe, workdir, functools.partial(param_shardings, mesh=mesh))
     _check_stages(recipe, model)
+    for notice in modality_mixture.notices(model.config):
+        log.warning("%s", notice)
     (workdir / "sharding.txt").write_text(format_table(table(model.params, mesh)) + "\n")
 
     with noting_sigterm() as terminating:

@@ -185,7 +185,7 @@ class ModelConfig:
 
     def for_pictures(self, height: int, width: int) -> ModelConfig:
         """The same with a connector for what the encoder makes of pictures of this height and width."""
-        if self.connector is None or not isinstance(self.vision, ViTConfig) or self.features.pooled:
+        if self.connector is None or not isinstance(self.vision, ViTConfig) or self.features.pooled or self.features.class_tokens:
             return self
         largest = max(self.features.scales)
         patches = (height // largest // self.vision.patch_size) * (width // largest // self.vision.patch_size)

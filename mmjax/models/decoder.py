@@ -131,13 +131,13 @@ def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Executi
 class Decoded(NamedTuple):
     """`last` [rows, length, input width], what the head reads; the cache, if one was given; on request the inputs of all blocks,
     `states` [layers, rows, length, width] (transformers' hidden_states without the last one, which is `last`); of a mixture of
-    experts the router's logits, float32 [layers, rows, length, experts]; what plugs tell, by name, [layers, ...]."""
+    experts the router's logits, float32 [layers, rows, length, experts]; what plugs tell, by their names, [layers, ...]."""
 
     last: jax.Array
     cache: Cache | None
     states: jax.Array | None
     router: jax.Array | None = None
-    told: dict[str, jax.Array] | None = None
+    told: dict[str, dict[str, jax.Array]] | None = None
 
 
 def decode(
@@ -200,7 +200,7 @@ def decode(
             ]
             return tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False).astype(key.dtype) for a in stored)
 
-        told: dict[str, jax.Array] = {}
+        told: dict[str, dict[str, jax.Array]] = {}
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         around = Surroundings(
             mask=dataclasses.replace(mask, window=config.windows[j % len(config.windows)]),

@@ -33,7 +33,7 @@ class FeatureSpec:
     `pooled`: what the encoder itself makes of all its states, one vector, in place of them. `stitching`: a picture is an overview
     and a grid of tiles, whose maps are joined on channels. `scales` of the picture, as multiples of the encoder's own size (see
     mmjax.models.scales); concatenated on channels as well. `projected`: each position goes through the tower's own projection
-    (LLaMA-Adapter V2 reads CLIP so).
+    (LLaMA-Adapter V2 reads CLIP so). `class_tokens`: of each layer the class token alone, a position for each (LaVIN).
     """
 
     layers: tuple[int, ...] = (-1,)
@@ -44,11 +44,12 @@ class FeatureSpec:
     stitching: Stitching | None = None
     scales: tuple[int, ...] = (1,)
     projected: bool = False
+    class_tokens: bool = False
 
     def positions(self, encoder: EncoderConfig) -> int:
         """Number of positions that the connector reads."""
-        if self.pooled:
-            return 1
+        if self.pooled or self.class_tokens:
+            return len(self.layers) if self.class_tokens else 1
         kept = 0
         if isinstance(encoder, ViTConfig):
             kept = (self.keep_class_token and encoder.class_token) + self.keep_registers * encoder.registers
@@ -57,12 +58,12 @@ class FeatureSpec:
     @property
     def joined(self) -> bool:
         """Whether a connector reads something other than the positions of a tile."""
-        return self.pooled or self.stitching is not None
+        return self.pooled or self.class_tokens or self.stitching is not None
 
     def tile_width(self, encoder: EncoderConfig) -> int:
         """Channels of a tile's features."""
         width = encoder.projection if self.projected and isinstance(encoder, ViTConfig) else encoder.feature_width
-        return width * len(self.layers) * len(self.scales)
+        return width * (1 if self.class_tokens else len(self.layers)) * len(self.scales)
 
     def width(self, encoder: EncoderConfig) -> int:
         """Channels that the connector reads."""

@@ -18,6 +18,7 @@ from mmjax.models import (
     encoder_decoder,
     gated_cross_attention,
     mobilenet_v2,
+    modality_mixture,
     plugged,
     ports,
     prefix,
@@ -85,7 +86,7 @@ def vision_features(
         assert isinstance(config.vision, ViTConfig)
         before = images.pixels.shape[:-2]
         flat = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[len(before) :]), images)
-        plugs = plugged.plugs(config, "vision")
+        plugs = plugged.plugs(config, "vision", groups=before[0] if len(before) > 1 else 1)
         out = vit.features(leaves, config.vision, config.features, flat, run, config.adapters, plugs, dropout_key)
         return out.reshape(*before, *out.shape[1:])
     pixels = normalise(config, images)
@@ -95,7 +96,8 @@ def vision_features(
     def encode(tiles: jax.Array) -> jax.Array:
         more: dict[str, Any] = {}
         if isinstance(config.vision, ViTConfig):
-            more = {"plugs": plugged.plugs(config, "vision"), "dropout_key": dropout_key}
+            groups = pixels.shape[0] if pixels.ndim > 4 else 1
+            more = {"plugs": plugged.plugs(config, "vision", groups=groups), "dropout_key": dropout_key}
         return _encoder(config).features(leaves, config.vision, spec, tiles, run, config.adapters, **more)
 
     out = encode(flat) if config.features == spec else scales.features(encode, flat, config.features.scales)
@@ -220,7 +222,8 @@ def _in_rows(tokens: jax.Array, batch: Batch) -> jax.Array:
 class Reading(NamedTuple):
     """What the LLM's decoder is run on: embeddings x [rows, T, input width], int segments and positions [rows, T]; of an
     encoder-decoder the memory of what its encoder read, with the encoder's own outputs; `spans` of the batch, and which positions
-    hold media tokens, bool [rows, T]; the media of a cross-attention, and those that adapters read in the blocks."""
+    hold media tokens, bool [rows, T]; the media of a cross-attention, and those that adapters read in the blocks; how a mixture of
+    modality adapters is routed."""
 
     x: jax.Array
     segments: jax.Array
@@ -231,15 +234,17 @@ class Reading(NamedTuple):
     is_media: jax.Array | None = None
     media: gated_cross_attention.Media | None = None
     beside: Beside | None = None
+    routed: modality_mixture.Routed | None = None
 
 
 class Remembered(NamedTuple):
     """What stays the same while tokens are generated: what an encoder-decoder's encoder has read, what the blocks'
-    cross-attention makes of the media, and the media that adapters read."""
+    cross-attention makes of the media, the media that adapters read, and how a mixture of modality adapters is routed."""
 
     memory: decoder.Memory | None = None
     media: gated_cross_attention.Media | None = None
     beside: Beside | None = None
+    routed: modality_mixture.Routed | None = None
 
     def repeated(self, times: int) -> Remembered:
         """Every row so many times, one after another."""
@@ -247,8 +252,8 @@ class Remembered(NamedTuple):
         if memory is not None:
             keys, values = jnp.repeat(memory.keys, times, 1), jnp.repeat(memory.values, times, 1)
             memory = decoder.Memory(keys, values, jnp.repeat(memory.segments, times, 0))
-        media, beside = (held.repeated(times) if held is not None else None for held in (self.media, self.beside))
-        return Remembered(memory, media, beside)  # type: ignore[arg-type]
+        parts: Any = (self.media, self.beside, self.routed)
+        return Remembered(memory, *(held.repeated(times) if held is not None else None for held in parts))
 
 
 def read(
@@ -260,8 +265,9 @@ def read(
     if config.language.encoder is None:
         is_media = None if batch.media is None else batch.media >= 0
         crossed = crossed_media(params, config, batch, run, media)
-        beside = media_beside(params, config, batch, run, media)
-        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, media=crossed, beside=beside)
+        held: dict[str, Any] = {"media": crossed, "beside": media_beside(params, config, batch, run, media)}
+        held["routed"] = route(params, config, batch, run, **settings)
+        return Reading(x, batch.segments, batch.positions, spans=batch.spans, is_media=is_media, **held)
     llm, leaves = config.language, adapters.bound(params, config, "llm", len(x))
     more: dict[str, Any] = {"run": run, "adapters": config.adapters}
     settings |= {"segments": batch.segments, "positions": batch.positions, "plugs": plugged.plugs(config, "encoder")}
@@ -272,6 +278,29 @@ def read(
         tokens = jnp.full((x.shape[0], 1), llm.start_token, jnp.int32)
         segments = jnp.ones_like(tokens)
     return Reading(embed_tokens(params, config, tokens, run), segments, positions_within(segments), memory, encoded)
+
+
+def route(
+    params: Params, config: ModelConfig, batch: Batch, run: Execution, **settings: Any
+) -> modality_mixture.Routed | None:
+    """What becomes of the modality tokens, and which of them each position's sample has; None without a mixture of modality adapters.
+    Only what sits in blocks acts on them beside the mixture, and what changes weights."""
+    mixture = modality_mixture.of(config)
+    if mixture is None:
+        return None
+    llm, tokens = config.language, params["llm"]["prompts"][mixture.name]["modality"].astype(run.dtype)[:, None]
+    ones = jnp.ones(tokens.shape[:2], jnp.int32)
+    plugs = (*plugged.plugs(config, "llm"), modality_mixture.asking(mixture, llm.layers))
+    leaves = adapters.bound(params, config, "llm")
+    known = {"dropout": settings.get("dropout", 0.0), "dropout_key": settings.get("dropout_key")}
+    out = decoder.decode(
+        leaves, llm, tokens, segments=ones, positions=ones - 1, run=run, adapters=config.adapters, plugs=plugs, **known
+    )
+    assert out.told is not None
+    layers = jnp.array(mixture.layers or range(llm.layers))
+    weights = {place: told[layers][:, :, 0] for place, told in out.told[mixture.name].items()}
+    is_media = None if batch.media is None else jnp.asarray(batch.media) >= 0
+    return modality_mixture.Routed(modality_mixture.modalities(batch.segments, is_media), weights, out.last)
 
 
 def positions_within(segments: jax.Array) -> jax.Array:
@@ -288,7 +317,11 @@ def decode_reading(
     transformers; otherwise it sees nothing."""
     llm = adapters.bound(prepared(params, config), config, "llm", len(reading.x))
     plugs: tuple[ports.Plug, ...] = prefix.plugs(llm, config, reading.positions)
-    plugs += plugged.plugs(config, "llm", reading.beside, params.get(adapters.WEIGHTS, {}))
+    plugs += plugged.plugs(config, "llm", reading.beside, params.get(adapters.WEIGHTS, {}), reading.routed)
+    if (mixture := modality_mixture.of(config)) is not None:
+        assert reading.routed is not None
+        own = modality_mixture.with_routing(llm["plugs"][mixture.name], reading.routed)
+        llm = {**llm, "plugs": {**llm["plugs"], mixture.name: own}}
     if config.cross_attention is not None:
         plugs += (gated_cross_attention.plug(config.cross_attention, reading.media, config.adapters, run),)
         leaves = gated_cross_attention.plugged(llm["plugs"][gated_cross_attention.NAME], reading.media)
@@ -364,8 +397,8 @@ def decode_token(
     token, position, segment   int32 [rows]
     """
     x = embed_tokens(params, config, token[:, None], run)
-    held = {"media": remembered.media, "beside": remembered.beside}
-    reading = Reading(x, segment[:, None], position[:, None], remembered.memory, **held)  # type: ignore[arg-type]
+    held: dict[str, Any] = {"media": remembered.media, "beside": remembered.beside, "routed": remembered.routed}
+    reading = Reading(x, segment[:, None], position[:, None], remembered.memory, **held)
     out = decode_reading(params, config, reading, run, cache=cache)
     assert out.cache is not None
     return head(params, config, out.last[:, 0]), out.cache

@@ -12,13 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from mmjax import tree
-from mmjax.models import adaption_prompt, bottleneck, mine, noise_prompt, ports
+from mmjax.models import adaption_prompt, bottleneck, mine, modality_mixture, noise_prompt, ports
 from mmjax.models.adaption_prompt import Beside
 from mmjax.models.block import Extra
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.models.tuning_config import Adapter, AdaptionPromptConfig, BottleneckConfig, NoisePromptConfig, Part
+from mmjax.models.modality_mixture import Routed
+from mmjax.models.tuning_config import (
+    Adapter,
+    AdaptionPromptConfig,
+    BottleneckConfig,
+    ModalityMixtureConfig,
+    NoisePromptConfig,
+    Part,
+)
 from mmjax.tree import Params
 
 STACKS: dict[Part, str] = {"llm": "llm", "encoder": "llm/encoder", "vision": "vision"}
@@ -37,15 +45,22 @@ def init(key: jax.Array, adapter: Adapter, config: ModelConfig) -> Params | None
         block = config.language.block
         widths = block.heads * block.head_dim, adapter.audio, adapter.channels
         return {**leaves, "mine": {adapter.name: mine.init(jax.random.fold_in(key, 1), *widths)}}
-    if not isinstance(adapter, BottleneckConfig):
+    if not isinstance(adapter, BottleneckConfig | ModalityMixtureConfig):
         return None
     fresh: Params = {}
     for number, part in enumerate(adapter.parts):
         block, layers = stack(config, part, adapter.name)
         if absent := [layer for layer in adapter.layers if not 0 <= layer < layers]:
             raise ValueError(f"adapter {adapter.name!r}: layers {absent} of {part}, which has {layers}")
-        leaves = bottleneck.init(jax.random.fold_in(key, number), adapter, block.width, len(adapter.layers) or layers)
+        own, rows = jax.random.fold_in(key, number), len(adapter.layers) or layers
+        if isinstance(adapter, BottleneckConfig):
+            leaves = bottleneck.init(own, adapter, block.width, rows)
+        else:
+            leaves = modality_mixture.init(own, adapter, block.width, rows)
         fresh |= tree.flatten(leaves, f"{STACKS[part]}/plugs/{adapter.name}/")
+    if isinstance(adapter, ModalityMixtureConfig) and "llm" in adapter.parts:
+        tokens = modality_mixture.init_tokens(jax.random.fold_in(key, len(adapter.parts)), config.language.input_width)
+        fresh |= tree.flatten(tokens, modality_mixture.path(adapter.name) + "/")
     return tree.unflatten(fresh)
 
 
@@ -60,17 +75,30 @@ def stack(config: ModelConfig, part: Part, name: str) -> tuple[BlockConfig, int]
 
 
 def plugs(
-    config: ModelConfig, part: Part, beside: Beside | None = None, weights: Mapping[str, jax.Array] = {}
+    config: ModelConfig,
+    part: Part,
+    beside: Beside | None = None,
+    weights: Mapping[str, jax.Array] = {},
+    routed: Routed | None = None,
+    groups: int = 1,
 ) -> tuple[ports.Plug, ...]:
     """The plugs of all adapters that have one in this part.
 
     beside    the media that stand beside the LLM's text
     weights   of adapters with gates, by name: a number, or one for each row (see mmjax.models.adapters)
+    routed    how the LLM's text is routed; without it a mixture of modality adapters is left out
+    groups    of an encoder's pictures
     """
     found = []
     for adapter in config.adapters:
         if isinstance(adapter, BottleneckConfig) and part in adapter.parts:
             found.append(bottleneck.plug(adapter, stack(config, part, adapter.name)[1]))
+        elif isinstance(adapter, ModalityMixtureConfig) and part in adapter.parts:
+            layers = stack(config, part, adapter.name)[1]
+            if part == "vision":
+                found.append(modality_mixture.in_pictures(adapter, layers, groups))
+            elif routed is not None:
+                found.append(modality_mixture.in_text(adapter, layers, routed))
         elif isinstance(adapter, AdaptionPromptConfig) and part == "llm":
             found.append(_weighed(adaption_prompt.plug(adapter, config.language, beside), weights))
         elif isinstance(adapter, NoisePromptConfig) and part == "llm":

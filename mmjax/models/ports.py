@@ -32,7 +32,7 @@ class Plug:
              "before":      call(params, x) -> x, between the previous block and this one
     layers   the layers it sits on, ascending
     draws    `call` takes a keyword `key`: this layer's, for its dropout, or None
-    tells    what `call` is to say of each layer, as zeros of that shape: it takes a keyword `tell` and hands it such an array
+    tells    what `call` is to say of each layer by name, as zeros of that shape: it takes a keyword `tell`, called with (name, array)
     """
 
     name: str
@@ -40,7 +40,7 @@ class Plug:
     layers: tuple[int, ...]
     call: Callable
     draws: bool = False
-    tells: jax.Array | None = None
+    tells: Mapping[str, jax.Array] | None = None
 
 
 def period(plugs: Sequence[Plug], windows: int, layers: int) -> int:
@@ -88,7 +88,7 @@ def bind(
     plugs: tuple[Plug, ...],
     rows: Mapping[str, tuple[Params, jax.Array | None]],
     key: jax.Array | None = None,
-    told: dict[str, jax.Array] | None = None,
+    told: dict[str, dict[str, jax.Array]] | None = None,
 ) -> LayerPorts:
     """The plugs of one layer as functions of activations alone. `rows` has an entry for each plug present; `key` is the layer's, for
     dropout; what plugs tell of the layer is put into `told`."""
@@ -99,8 +99,8 @@ def bind(
         if plug.draws:
             settings["key"] = None if key is None else jax.random.fold_in(key, number)
         if plug.tells is not None:
-            told[plug.name] = plug.tells
-            settings["tell"] = functools.partial(told.__setitem__, plug.name)
+            told[plug.name] = dict(plug.tells)
+            settings["tell"] = told[plug.name].__setitem__
         if plug.name in rows:
             bound[plug.port].append(_switched(plug, functools.partial(plug.call, **settings), *rows[plug.name]))
     return LayerPorts(**{port: tuple(calls) for port, calls in bound.items()})

@@ -227,6 +227,29 @@ class NoisePromptConfig:
     audio: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class ModalityMixtureConfig:
+    """LaVIN's mixture-of-modality adapters (arXiv 2305.15023), see mmjax.models.modality_mixture.
+
+    width          channels between its halves; groups: shares into which these are divided
+    temperature    of the router
+    places         the sublayers whose input it changes
+    parts, layers  as of a bottleneck
+    visual_router  what routes pictures: the batch's first one, as in the authors' code, or the picture's own class token
+    """
+
+    name: str
+    width: int = 8
+    groups: int = 2
+    temperature: float = 10.0
+    scale: float = 1.0
+    dropout: float = 0.1
+    places: tuple[Literal["attention", "mlp"], ...] = ("attention",)
+    parts: tuple[Part, ...] = ("llm", "vision")
+    layers: tuple[int, ...] = ()
+    visual_router: Literal["released", "per_sample_cls"] = "released"
+
+
 Adapter: TypeAlias = (
     LoraConfig
     | Ia3Config
@@ -239,6 +262,7 @@ Adapter: TypeAlias = (
     | BottleneckConfig
     | AdaptionPromptConfig
     | NoisePromptConfig
+    | ModalityMixtureConfig
 )
 Adapters: TypeAlias = tuple[Adapter, ...]
 KINDS: dict[str, type[Adapter]] = {
@@ -253,6 +277,7 @@ KINDS: dict[str, type[Adapter]] = {
     "bottleneck": BottleneckConfig,
     "adaption_prompt": AdaptionPromptConfig,
     "noise_prompt": NoisePromptConfig,
+    "modality_mixture": ModalityMixtureConfig,
 }
 """What a recipe calls each of them. The fields of the dataclass are what a recipe may say of one."""
 

@@ -100,7 +100,7 @@ def hidden_states(
     Counted as transformers does: 0 is the embedding output (after CLIP's pre-norm), i the output of block i.
     """
     x = embed(params, config, pictures, run)
-    _, states = _run_blocks(params, config, x, pictures, config.layers, True, run, adapters, plugs)
+    _, states = run_blocks(params, config, x, pictures, config.layers, True, run, adapters, plugs)
     assert states is not None
     return jnp.concatenate([x[None], states])
 
@@ -123,18 +123,20 @@ def features(
         raise ValueError(f"feature layers {spec.layers} of an encoder with {config.layers} blocks")
     x = embed(params, config, pictures, run)
     if spec.pooled:
-        last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, adapters, plugs, dropout_key)
+        last, _ = run_blocks(params, config, x, pictures, config.layers, False, run, adapters, plugs, dropout_key)
         return pooled(params, config, last, pictures)[:, None]
     wanted = [layer % (config.layers + 1) for layer in spec.layers]
     last, states = x, None
     if max(wanted):
         top, keep = max(wanted), len(wanted) > 1
-        last, states = _run_blocks(params, config, x, pictures, top, keep, run, adapters, plugs, dropout_key)
+        last, states = run_blocks(params, config, x, pictures, top, keep, run, adapters, plugs, dropout_key)
     picked = [last] if states is None else [x if layer == 0 else states[layer - 1] for layer in wanted]
     if spec.post_norm:
         picked = [post_norm(params, config, state) for state in picked]
     if spec.projected:
         picked = [project(params, config, state) for state in picked]
+    if spec.class_tokens:
+        return jnp.concatenate([state[:, :1] for state in picked], 1)
     return jnp.concatenate([kept(config, spec, state) for state in picked], -1)
 
 
@@ -200,11 +202,11 @@ def positions(table: jax.Array, config: ViTConfig, rows: int, columns: int) -> j
     return jnp.concatenate([table[:first].astype(own.dtype), own])
 
 
-def _run_blocks(
+def run_blocks(
     params: Params,
     config: ViTConfig,
     x: jax.Array,
-    pictures: Pictures,
+    pictures: Pictures | None,
     layers: int,
     keep: bool,
     run: Execution,
@@ -225,7 +227,7 @@ def _run_blocks(
     return run_stack(body, x, params["layers"], layers=layers, extras=ports.extras(params, plugs, 1, layers), run=run)
 
 
-def _rotation(config: ViTConfig, pictures: Pictures) -> tuple[jax.Array, jax.Array] | None:
+def _rotation(config: ViTConfig, pictures: Pictures | None) -> tuple[jax.Array, jax.Array] | None:
     """Cosines and sines of the patches' rows and columns, where the blocks turn by them."""
     if config.block.rope is None:
         return None
@@ -233,7 +235,7 @@ def _rotation(config: ViTConfig, pictures: Pictures) -> tuple[jax.Array, jax.Arr
     return rotation(config.block.rope, config.block.head_dim, pictures.places)
 
 
-def _mask(pictures: Pictures, queries: int) -> Mask:
+def _mask(pictures: Pictures | None, queries: int) -> Mask:
     """Everything is seen but padding."""
     if not isinstance(pictures, Patches):
         return Mask(causal=False)
@@ -282,7 +284,7 @@ def project(params: Params, config: ViTConfig, state: jax.Array) -> jax.Array:
 def classify(params: Params, config: ViTConfig, pictures: Pictures, run: Execution, plugs: Plugs = ()) -> jax.Array:
     """float32 class logits [n, classes]."""
     x = embed(params, config, pictures, run)
-    last, _ = _run_blocks(params, config, x, pictures, config.layers, False, run, (), plugs)
+    last, _ = run_blocks(params, config, x, pictures, config.layers, False, run, (), plugs)
     return logits(params, config, pooled(params, config, last, pictures))
 
 

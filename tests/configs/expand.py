@@ -33,6 +33,7 @@ ARGUMENTS = {
     "blip2": ("", "flan_t5_xl"),
     "instructblip": ("", "flan_t5_xl"),
     "minigpt4": ("", "llama2_7b"),
+    "lavin": ("", "13b", "chat"),
 }
 
 

@@ -34,6 +34,7 @@ VERIFIED: dict[str, str] = {
     "flickr8k": "transformers (encoder, LLM)",
     "idefics": "transformers",
     "instructblip": "transformers",
+    "lavin": "LaVIN's code, recorded",
     "llama_adapter": "LLaMA-Adapter's code, recorded (V1 with pictures: nothing was released)",
     "llava15": LLAVA,
     "llava_next": LLAVA,

@@ -11,11 +11,11 @@ import pytest
 from mmjax import tree
 from mmjax.assembly import model_config
 from mmjax.config import from_config_dict
-from mmjax.families import vila
+from mmjax.families import parts, vila
 from mmjax.models import multimodal
 from mmjax.models.block_config import BlockConfig, Rope
 from mmjax.models.config import DecoderConfig, ModelConfig
-from mmjax.models.tuning_config import AffineConfig, Ia3Config, LoraConfig, NormConfig
+from mmjax.models.tuning_config import AffineConfig, BottleneckConfig, Ia3Config, LoraConfig, NormConfig
 from tests.configs import expand, table
 
 
@@ -244,3 +244,28 @@ def test_adapters_of_llama_7b():
     biases = AffineConfig("a", ("llm/layers/attention/{query,output}", "llm/layers/mlp/*"), "bias")
     assert adapted(biases) == 32 * (3 * 4096 + 2 * 11008) == 1_097_728
     assert adapted(NormConfig("a", ("llm/**",))) == (2 * 32 + 1) * 4096 == 266_240
+
+
+def mixture(width: int, hidden: int = 8) -> int:
+    """LaVIN's RepAdapter_Router (luogen1996/LaVIN dd0a1bf, lavin/mm_adapter.py): conv_A, two branches of two groups, a router of two."""
+    return (width + 1) * hidden + 2 * (hidden // 2 + 1) * width + 2 * (width + 1)
+
+
+@pytest.mark.parametrize("size, count, width, layers", [("7b", 3_781_296, 4096, 32), ("13b", 5_390_080, 5120, 40)])
+def test_lavins_adapters(size, count, width, layers):
+    """The paper says 3.8M and 5.4M: an adapter in each block of LLaMA and of CLIP-L, Linear(1024, 128) and Linear(128, d), two tokens."""
+    connector = (1024 + 1) * 128 + (128 + 1) * width
+    assert trained("lavin", size)["finetune"] == count == layers * mixture(width) + 24 * mixture(1024) + connector + 2 * width
+
+
+@pytest.mark.parametrize("size, share", [("7b", 0.0399), ("13b", 0.0323)])
+def test_bottleneck_adapters_are_3_to_4_percent(size, share):
+    """Houlsby's two in each layer (arXiv 1902.00751 trains 3.6 % on GLUE), 512 channels wide, on LLaMA; Pfeiffer's one is half of it."""
+    llm = from_config_dict(expand.config("lavin", size)).model.llm.config
+    width, layers, mlp = llm["hidden_size"], llm["num_hidden_layers"], llm["intermediate_size"]
+    config = parts.language(llm, "llm").read_config(llm, "llm")
+    config = dataclasses.replace(config, adapters=(BottleneckConfig("x", width=512, places=("attention", "mlp"), reads="output"),))
+    whole = sum(leaf.size for leaf in jax.tree.leaves(multimodal.shapes(config)))
+    own = 2 * ((width + 1) * 512 + (512 + 1) * width) * layers
+    base = 2 * 32000 * width + width + layers * (4 * width**2 + 3 * width * mlp + 2 * width)
+    assert whole == base + own and round(own / base, 4) == share

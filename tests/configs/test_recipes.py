@@ -18,6 +18,7 @@ SIZES_STEPS_DATA = re.compile(
     r"|model\.connector\.(path|bert|tokenizer|hidden_width|squeeze_width|pooled_tokens|depth|latents|heads|head_dim|grid)"
     r"|model\.connector\.(text_vocab|text_positions|text_length|contrast_width)"
     r"|model\.cross_attention\.(every|first|heads|head_dim)"
+    r"|model\.feature_layers"  # of an encoder with fewer blocks
     r"|model\.tokenizer\.(path|vocab_size|min_frequency)"
     r"|model\.adapters\.\w+\.(rank|alpha|length|depth|tokens|encoder_width)"
     r"|stages\.\w+\.(steps|epochs|rows|length|answer_length|tiles|accumulate)"

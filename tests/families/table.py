@@ -51,6 +51,7 @@ CHECKS: dict[str, tuple[str, set[str]]] = {
         "logits against its parts in torch, and recorded from OpenFlamingo's own code; files both ways",
         {"openflamingo", "otter"},
     ),
+    "test_lavin": ("states, logits and loss recorded from LaVIN's own code, files both ways", {"lavin"}),
     "test_llama_adapter": (
         "logits, loss and greedy tokens recorded from the authors' own code, files both ways",
         {"llama_adapter_v1", "llama_adapter_v2", "robust_ger"},
