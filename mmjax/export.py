@@ -89,7 +89,8 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
             f"{', '.join(unmerged)}: prompts and prefixes stand in front of the text, and no weights can hold them. Write them by "
             "themselves, in peft's layout: --config.export.format=peft, or mmjax.export.save_adapters"
         )
-    if model.config.quantisation is not None:
+    int4 = model.config.quantisation is not None and model.config.quantisation.format == "int4"
+    if model.config.quantisation is not None and (not int4 or model.config.adapters):
         raise UserError(
             f"this model's kernels are held in {model.config.quantisation.format}, which no layout written here holds"
             + (f", and its adapters ({', '.join(_names(model))}) cannot be merged into them" if _names(model) else "")
@@ -119,8 +120,10 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
     }
     rules = family.rules(config, foreign)
     named_paths = {p for rule in rules for p in rule.paths}
-    flat = {p: leaf for p, leaf in flat.items() if p in named_paths or not p.startswith("mine/")}  # of training alone
-    if homeless := sorted(set(flat) - named_paths):
+    if int4:
+        foreign = {**foreign, "quantization_config": _awq(model.config.quantisation, rules, flat)}
+    flat = {p: leaf for p, leaf in flat.items() if quantised.kernel_of(p) in named_paths or not p.startswith("mine/")}  # of training alone
+    if homeless := sorted({quantised.kernel_of(p) for p in flat} - named_paths):
         raise UserError(f"this layout has no place for {', '.join(homeless)}: adapters, merged into the weights, have made them")
     tensors = keys.tensors(tree.unflatten(flat), rules, dtype or None, change)
     held = dtype or _sizes(tensors).most_common(1)[0][0]
@@ -137,6 +140,15 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
         safetensors.write(own, path / folder.name)
         (path / folder.name / "config.json").write_text(json.dumps(_with_dtype(foreign[folder.section], held), indent=2) + "\n")
     _write_rest(model, family, foreign, path)
+
+
+def _awq(spec: quantised.Quantisation | None, rules: list[keys.Rule], flat: dict[str, Any]) -> Config:
+    """The `quantization_config` of kernels in int4, as transformers reads it; what is left dense is named by what its modules share."""
+    assert spec is not None
+    dense = {r.name.split(".{i}")[0].removesuffix(".weight") for r in rules if f"{r.paths[0]}/codes" not in flat and r.form is keys.transposed}
+    packed = {r.name.split(".{i}")[0] for r in rules if f"{r.paths[0]}/codes" in flat}
+    fields = {"quant_method": "awq", "bits": 4, "group_size": spec.block, "zero_point": True, "version": "gemm"}
+    return {**fields, "modules_to_not_convert": sorted(dense - packed) or None}
 
 
 def save_adapters(model: Model, path: Path, *, name: str = "", base: str = "", dtype: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 import jax
 import numpy as np
 
-from mmjax import active_adapters, tree, vocabulary
+from mmjax import active_adapters, calibration, tree, vocabulary
 from mmjax.active_adapters import Choice
 from mmjax.batch import Batch
 from mmjax.data.collation import collate
@@ -390,14 +390,31 @@ class Model:
             raise UserError("this model was not merged here: load its base and its adapters instead")
         return self.unmerged
 
-    def quantised(self, spec: Quantisation) -> Model:
-        """The model with frozen kernels in few bits. Raises UserError where some are already."""
+    def quantised(self, spec: Quantisation, texts: Sequence[str] = (), length: int = 512) -> Model:
+        """The model with frozen kernels in few bits: rounded, or, in "int4", by AWQ (mmjax.calibration) on the ids of `texts`, one after
+        another in rows of `length`. AWQ folds scales into norms and other kernels, so the model as a whole is another then.
+
+        Raises UserError where some kernels are quantised already.
+        """
         if self.config.quantisation is not None:
             raise UserError(f"this model is held in {self.config.quantisation.format} already")
         quantised.require(self.params, spec)
+        if texts:
+            tokens = self._calibration(texts, length)
+            config = dataclasses.replace(self.config, quantisation=spec)
+            return dataclasses.replace(self, params=calibration.quantised_by_awq(self.params, self.config, tokens, spec), config=config)
         return dataclasses.replace(
             self, params=quantised.converted(self.params, spec), config=dataclasses.replace(self.config, quantisation=spec)
         )
+
+    def _calibration(self, texts: Sequence[str], length: int) -> np.ndarray:
+        """int32 [rows, length] of the texts' ids, what does not fill a row left out."""
+        if self.tokenizer is None:
+            raise UserError("this model has no tokenizer, so it cannot be calibrated on texts")
+        ids = [id for text in texts for id in self.tokenizer(text)["input_ids"]]
+        if len(ids) < length:
+            raise UserError(f"the texts have {len(ids)} tokens, and calibration needs at least one row of {length}")
+        return np.asarray(ids[: len(ids) // length * length], np.int32).reshape(-1, length)
 
     def dequantised(self) -> Model:
         """The model with dense kernels, in its run's dtype: what its quantised ones stand for."""

@@ -155,6 +155,11 @@ def test_published_awq_is_taken_over_code_by_code(layout, llama, tmp_path):
     found = model.dequantised().params["llm"]["layers"]["mlp"]["down"]["kernel"]
     np.testing.assert_allclose(found[1], dense["model.layers.1.mlp.down_proj.weight"].T, rtol=1e-6, atol=1e-7)
     assert np.isfinite(model(IDS)["logits"]).all()
+    model.save_pretrained(tmp_path / "again")  # in AutoAWQ's layout, whichever it was read in
+    again = mmjax.load(tmp_path / "again")
+    assert again.config == model.config
+    for path, leaf in tree.flatten(model.params).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(again.params)[path], path)
     with pytest.raises(UserError, match="in int4 already"):
         mmjax.load(tmp_path / "awq", quantise="nf4")
     file.write_text(json.dumps({**fields, "quantization_config": {**method, "bits": 3}}))
