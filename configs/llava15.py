@@ -2,7 +2,7 @@
 
     python -m mmjax.main --config=configs/llava15.py                 # pretrain, then full finetuning, 7B
     python -m mmjax.main --config=configs/llava15.py:13b,peft=lora   # pretrain, then LoRA, 13B
-    python -m mmjax.main --config=configs/llava15.py:peft=dora       # or ia3, prompt, ptuning, prefix, adapter
+    python -m mmjax.main --config=configs/llava15.py:peft=dora       # or qlora, ia3, prompt, ptuning, prefix, adapter
     python -m mmjax.main --config=configs/llava15.py:tiny            # the same path in a minute, on drawn data
     python -m mmjax.main --config=configs/llava15.py --job=plan      # parameters, bytes and FLOPs, without any weights
 
@@ -10,6 +10,7 @@ What it is     CLIP ViT-L/14 at 336 pixels, its last block but one without the c
 Stages         pretrain        MLP alone on 558K captions; learning rate 1e-3, 256 samples a step, 1 epoch
                finetune        MLP and LLM on the 665K instruction mixture; 2e-5, 128 samples a step, 1 epoch
                finetune_lora   LoRA (rank 128, alpha 256, dropout 0.05, every Linear of the LLM but the head) at 2e-4, MLP at 2e-5
+               finetune_qlora  the same over a language model in nf4 with double quantisation, in both stages (QLoRA, arXiv 2305.14314)
                finetune_...    the other ways of tuning (PEFT below), which the authors do not have: DoRA as in its paper's section on LLaVA-1.5
                                (arXiv 2402.09353), the others with learning rates of this library, tried on small models alone
                AdamW without weight decay, 3 % warm-up, cosine to 0, bfloat16 activations.
@@ -33,6 +34,7 @@ from mmjax.config import (
     Mesh,
     Model,
     Optimizer,
+    Quantise,
     Recipe,
     Stage,
     parse_arguments,
@@ -45,6 +47,7 @@ BESIDE = "llm/**/adapters/default/**"
 # name -> (what is added, what of it is trained, its learning rate)
 PEFT = {
     "lora": (LORA, "llm/**/lora_*", 2e-4),
+    "qlora": (LORA, "llm/**/lora_*", 2e-4),
     "dora": (dataclasses.replace(LORA, dora=True), "llm/**/lora_*", 2e-4),
     "ia3": (Adapter(kind="ia3", targets=("llm/layers/*/{key,value,down}",), feedforward=("llm/layers/mlp/down",)), BESIDE, 3e-3),
     "prompt": (Adapter(kind="prompt", tokens=20), "llm/prompts/default/**", 3e-2),
@@ -90,6 +93,7 @@ def get_config(argument: str = ""):
             feature_layers=(-2,),
             template="v1",
             adapters={} if adapter is None else {"default": adapter},
+            quantise=Quantise("nf4" if chosen.peft == "qlora" else ""),
             dtype="bfloat16",
         ),
         stages={"pretrain": pretrain, last: finetune},

@@ -23,7 +23,7 @@ ARGUMENTS = {
     "git": ("", "large"),
     "llama_adapter": ("", "v1_multimodal", "v2", "v2_early", "v2_chat"),
     "robust_ger": ("", "plain", "lora"),
-    "llava15": ("", "13b", "lora", "dora", "ia3", "prompt", "ptuning", "prefix", "adapter"),
+    "llava15": ("", "13b", "lora", "qlora", "dora", "ia3", "prompt", "ptuning", "prefix", "adapter"),
     "llava_next": ("", "13b", "mistral"),
     "llava_v1": ("", "7b"),
     "vila": ("", "13b", "3b", "3b,s2", "8b", "40b", "frozen", "visual"),
