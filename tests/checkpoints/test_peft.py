@@ -103,3 +103,18 @@ def test_tensors_that_fit_nothing_are_listed(adapted, tmp_path):
     (tmp_path / "adapter_config.json").write_text((adapted[1] / "adapter_config.json").read_text())
     with pytest.raises(UserError, match=r"that fit nothing in its base \(1\): base_model.model.nowhere"):
         mmjax.load(tmp_path)
+
+
+def test_names_of_an_older_transformers_are_read(adapted, tmp_path):
+    """Until transformers 4.52 the language model stood at language_model.model, and adapters still say so (peft's issue 2566)."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(adapted[1] / "adapter_model.safetensors")
+    older = {name.replace("model.model.language_model.", "model.language_model.model."): t for name, t in tensors.items()}
+    assert older.keys() != tensors.keys()
+    save_file(older, tmp_path / "adapter_model.safetensors")
+    fields = json.loads((adapted[1] / "adapter_config.json").read_text())
+    fields["target_modules"] = TARGETS.replace(r"model\.language_model\.", r"language_model\.model\.")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    theirs, _, ours = adapted
+    assert apart(theirs, mmjax.load(tmp_path)) < 2e-4

@@ -181,3 +181,47 @@ def test_missing_and_other_tensors_are_errors(adapted, tmp_path):
     changed = rewritten(adapted[0], tmp_path, lambda tensors: {name: t[:2] if "lora_A" in name else t for name, t in tensors.items()})
     with pytest.raises(UserError, match="of rank 2, the config asks for 3"):
         mmjax.load(changed)
+
+
+def test_rows_choose_among_named_adapters(adapted, bases, tmp_path):
+    """Each row its own adapter, as peft's batches of mixed adapters; weights; generation; merged and taken apart again."""
+    model, base = bases("llama")
+    other = {**LORA, "target_modules": ["q_proj", "down_proj"], "rank_pattern": {"down_proj": 2}}
+    written_by_peft(model, peft.LoraConfig, other, base, tmp_path)
+    wrapped = peft.PeftModel.from_pretrained(bases("llama")[0], adapted[0]).eval()
+    wrapped.load_adapter(tmp_path, "other")
+    found = mmjax.load(adapted[0]).add_adapter(tmp_path, "other")
+    with torch.no_grad():
+        want = wrapped(input_ids=torch.tensor(IDS), adapter_names=["other", "__base__"]).logits.numpy()
+    inputs = {"input_ids": IDS}
+    rows = [["other"], []]
+    with jax.default_matmul_precision("highest"):
+        assert apart(np.asarray(found(inputs, adapters=rows)["logits"]), want) < 2e-5
+        assert apart(np.asarray(found(inputs, adapters="default")["logits"]), adapted[1]) < 2e-5
+        plain = mmjax.load(base)
+        np.testing.assert_array_equal(found(inputs, adapters=[])["logits"], plain(inputs)["logits"])
+        both = np.asarray(found(inputs, adapters={"default": 1.0, "other": 0.5})["logits"])
+    wrapped.set_adapter("default")
+    wrapped.add_weighted_adapter(["default", "other"], [1.0, 0.5], "both", combination_type="cat")
+    wrapped.set_adapter("both")
+    assert apart(both, theirs(wrapped)) < 2e-5
+
+    # A row's adapter goes with it through generation, with beams as well.
+    for beams in (1, 2):
+        mixed = found.generate(inputs, 5, adapters=rows, ignore_eos=True, num_beams=beams)
+        alone = [
+            found.generate({"input_ids": IDS[i : i + 1]}, 5, adapters=rows[i], ignore_eos=True, num_beams=beams)[0] for i in range(2)
+        ]
+        np.testing.assert_array_equal(mixed, alone)
+
+    chosen = found.with_adapters({"default": 1.0, "other": 0.5})
+    merged = chosen.merge()
+    assert not merged.config.adapters and apart(ours(merged), both) < 2e-5
+    before, after = tree.flatten(chosen.params), tree.flatten(merged.unmerge().params)
+    assert before.keys() == after.keys() and all(after[path] is leaf for path, leaf in before.items())
+    merged.save_pretrained(tmp_path / "merged")
+    assert apart(theirs(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), both) < 2e-5
+    with pytest.raises(UserError, match="unknown adapter 'others' .nearest: 'other'.; this model has default, other"):
+        found(inputs, adapters=["others"])
+    with pytest.raises(UserError, match="has an adapter 'other' already"):
+        found.add_adapter(tmp_path, "other")
