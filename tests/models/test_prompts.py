@@ -20,6 +20,7 @@ from mmjax.models import multimodal, prefix, prompts
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.tuning_config import MultitaskPromptConfig, PrefixConfig, PromptConfig, PTuningConfig
 from tests.models import tiny
+from tests.models.test_encoder_decoder import CONFIG as SEQUENCE
 
 TUNED = (
     PromptConfig("plain", 2),
@@ -77,6 +78,18 @@ def test_packed_samples_have_what_they_have_alone(params):
         here = slice(at, at + len(one.ids))
         at += len(one.ids)
         np.testing.assert_allclose(together[here], found[: len(one.ids)], atol=2e-5)
+
+
+def test_packed_samples_of_an_encoder_decoder():
+    """The encoder reads the virtual tokens, the decoder the prefix; distances to both are those within the sample."""
+    config = dataclasses.replace(SEQUENCE, adapters=(PromptConfig("plain", VIRTUAL), PrefixConfig("held", 3)))
+    params = tiny.random_params(config)
+    read = [dataclasses.replace(one, ids=one.ids % 32, decoder_ids=one.ids[-n:] % 32, decoder_labels=one.ids[-n:] % 32)
+            for one, n in ((EXAMPLES[1], 3), (example(3, 4, 0, False), 2))]  # fmt: skip
+    sizes = {"length": 32, "answer_length": 6, "virtual": VIRTUAL}
+    together = logits(params, config, collate([read], **sizes))[0]
+    for one, found, at in zip(read, logits(params, config, collate([[one] for one in read], **sizes)), (0, 3)):
+        np.testing.assert_allclose(together[at : at + len(one.decoder_ids)], found[: len(one.decoder_ids)], atol=2e-5)
 
 
 def test_each_of_them_changes_the_text_and_tasks_differ(params):
