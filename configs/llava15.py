@@ -63,6 +63,7 @@ def get_config(argument: str = ""):
     last = "finetune" if adapter is None else f"finetune_{chosen.peft}"
     pretrain = Stage(
         trainable=("connector/**",),
+        idle=() if adapter is None else ("default",),
         sources={"captions": LCS_558K},
         epochs=1.0,
         rows=256,
