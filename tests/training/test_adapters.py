@@ -1,4 +1,4 @@
-"""Fifty steps of every method beside weights: what is frozen stays as it is to the byte, and only what is trained has state."""
+"""Fifty steps of every method beside weights and in blocks: what is frozen stays as it is to the byte, and only what is trained has state."""
 
 import dataclasses
 
@@ -9,7 +9,14 @@ import pytest
 from mmjax import config, tree
 from mmjax.models import adapters
 from mmjax.models.config import ModelConfig
-from mmjax.models.tuning_config import AffineConfig, Ia3Config, LoraConfig, NormConfig
+from mmjax.models.tuning_config import (
+    AffineConfig,
+    BottleneckConfig,
+    Ia3Config,
+    LoraConfig,
+    ModalityMixtureConfig,
+    NormConfig,
+)
 from mmjax.parallel.mesh import make_mesh
 from mmjax.training.optimizer import make_optimizer, make_schedule
 from mmjax.training.state import init_state, state_shardings
@@ -24,6 +31,8 @@ KINDS = {
     "ia3": Ia3Config("tune", ("llm/layers/**/{key,value,down}",), ("llm/layers/mlp/down",)),
     "affine": AffineConfig("tune", LINEARS),
     "norm": NormConfig("tune", ("llm/**",)),
+    "bottleneck": BottleneckConfig("tune", width=4, places=("attention", "mlp"), norm_before=True, norm_after=True, dropout=0.1),
+    "modality_mixture": ModalityMixtureConfig("tune", width=4, places=("attention", "mlp"), temperature=1.0, parts=("llm",)),
 }
 BASE = ModelConfig(llm=tiny.LLM)
 STEPS = 50
@@ -34,7 +43,7 @@ def test_frozen_bytes_stay_and_state_is_of_trained_leaves_alone(kind):
     model = dataclasses.replace(BASE, adapters=(KINDS[kind],))
     params = adapters.add(jax.random.key(0), tiny.params(BASE), model)
     stage = config.Stage(
-        trainable=("llm/**/adapters/tune/**",),
+        trainable=("llm/**/tune/**",),
         optimizer=config.Optimizer(learning_rate=3e-2, warmup_ratio=0.0, weight_decay=0.01),
         steps=STEPS,
     )
@@ -44,9 +53,9 @@ def test_frozen_bytes_stay_and_state_is_of_trained_leaves_alone(kind):
     optimizer = make_optimizer(stage.optimizer, trainable, STEPS, "optimizer")
     placed = state_shardings(trainable, optimizer, mesh)
     state = init_state(jax.tree.map(lambda leaf: leaf.copy(), trainable), optimizer, mesh)
-    own = {path: leaf for path, leaf in tree.flatten(params).items() if "/adapters/" in path}
+    own = {path: leaf for path, leaf in tree.flatten(params).items() if tree.adapter_of(path)}
     assert set(tree.flatten(state.trainable)) == set(own)
-    assert not any("/adapters/" in path for path in tree.flatten(frozen))
+    assert not any(tree.adapter_of(path) for path in tree.flatten(frozen))
     moments = sum(leaf.nbytes for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim)
     assert moments == 2 * 4 * sum(leaf.size for leaf in own.values())  # Adam's two, in float32
 
