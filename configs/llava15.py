@@ -14,7 +14,8 @@ Stages         pretrain        MLP alone on 558K captions; learning rate 1e-3, 2
                finetune_...    the other ways of tuning (PEFT below), which the authors do not have: DoRA as in its paper's section on LLaVA-1.5
                                (arXiv 2402.09353), the others with learning rates of this library, tried on small models alone
                AdamW without weight decay, 3 % warm-up, cosine to 0, bfloat16 activations.
-Trained (7B)   20,979,712; 6,759,395,328; 340,795,392 parameters.
+Trained (7B)   20,979,712; 6,759,395,328; 340,795,392 parameters. With the MLP's 20,979,712: dora 342,155,264; ia3 21,594,112; prompt
+               21,061,632; ptuning 71,405,568; prefix 28,844,032; adapter 88,227,840.
 Cost (7B)      16.6, 34.7 and 25.1 TFLOP a sample; the authors took 3.5 and 10 hours on 8 A100s.
 Results (7B / 13B, as published)   VQAv2 78.5 / 80.0, GQA 62.0 / 63.3, TextVQA 58.2 / 61.3, POPE 85.9 / 85.9, MMBench 64.3 / 67.7;
                with LoRA 79.1 / 80.0, 63.0 / 63.3, 58.2 / 60.2, 86.4 / 86.7, 66.1 / 68.5.

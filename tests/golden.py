@@ -130,6 +130,8 @@ def computation(config: Arrays) -> Callable[[Path, Arrays, Arrays, set[str]], Ar
         return PARTS[kind]
     if any((config.get("hf_model_type") or kind) in family.model_types for family in FAMILIES):
         return whole_model
+    if kind.startswith("peft_") and "adapter_dir" in config:
+        return golden_parts.beside_weights
     raise Unsupported(config.get("hf_model_type") or kind)
 
 

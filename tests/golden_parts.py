@@ -400,7 +400,6 @@ PARTS = {
     "robust_ger": robust_ger,
     "robust_ger_mine": robust_ger_mine,
     "vila_projector": vila_projector,
-    **dict.fromkeys(("peft_lora", "peft_rslora", "peft_dora", "peft_ia3", "peft_ln_tuning"), beside_weights),
     **dict.fromkeys(("peft_prompt_tuning", "peft_p_tuning", "peft_prefix_tuning", "peft_multitask_prompt_tuning"), in_front),
     "peft_adaption_prompt": in_front,
 }
