@@ -1,5 +1,6 @@
 """Eight simulated CPU devices for every test, and the places of data that is not part of the project."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,20 @@ import pytest  # noqa: E402
 jax.config.update("jax_default_matmul_precision", "highest")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+MAPS = Path("/proc/self/maps")  # of Linux
+MANY = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs():
+    """Lets compiled programs go, between files, before their memory maps come near the system's limit (65,530 for a process), at which
+    compiling crashes."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _shared(name: str) -> Path:

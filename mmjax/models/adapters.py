@@ -34,6 +34,7 @@ Layers = tuple[int, ...] | None  # of a stack; None where there is none
 Leaves = dict[str, Any]
 WEIGHTS = "adapter_weights"
 BESIDE = (LoraConfig, Ia3Config, AffineConfig, NormConfig)  # the kinds whose leaves stand beside weights
+DROPPED = ("llm/layers/", "llm/encoder/layers/")  # what is run with the dropout of adapters
 EMBED, HEAD = "llm/embed", "llm/head"
 _OWN = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "ia3", "ia3_input", "affine_scale", "affine_bias")  # beside a Linear
 _NOTHING = {"ia3": 1.0, "ia3_input": 1.0, "affine_scale": 1.0}  # what changes nothing, where that is not 0
@@ -105,13 +106,16 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
         if (plugs := plugged.init(jax.random.fold_in(key, number), adapter, config)) is not None:
             fresh |= {path: leaf for path, leaf in tree.flatten(plugs).items() if path not in flat}
         for place in places(params, config, adapter):
-            if getattr(adapter, "dropout", 0.0) and place.path.startswith("llm/plugs/"):
-                raise ValueError(f"adapter {adapter.name!r} has dropout, which there is none of in plugs: {place.path}")
             leaves = {name: jnp.zeros(_cut(flat[of].shape, place)) for name, of in _originals(place).items()}
             shape = () if leaves else _cut(flat[_weight_at(place.path)].shape, place)
             if place.rank and f"{place.at}/lora_a" not in flat:
                 key, own = jax.random.split(key)
                 assert isinstance(adapter, LoraConfig)
+                if adapter.dropout and not place.path.startswith(DROPPED):
+                    raise ValueError(
+                        f"adapter {adapter.name!r} has dropout, which acts in the blocks of the language model alone, not at {place.path}: "
+                        "give that an adapter of its own, without"
+                    )
                 leaves = lora.draw(own, adapter, shape, place.rank, table=place.path == EMBED)
             elif isinstance(adapter, Ia3Config | AffineConfig) and not leaves:
                 leaves = elementwise.draw(adapter, place.path, shape)

@@ -147,6 +147,13 @@ def test_a_target_that_matches_nothing_is_named():
         multimodal.shapes(config)
 
 
+@pytest.mark.parametrize("where", ["vision/layers/attention/query", "connector/**"])
+def test_dropout_of_adapters_where_it_would_not_act_is_refused(where):
+    config = tiny.model_config(adapters=(LoraConfig("d", 4, 8.0, (where,), dropout=0.5),))
+    with pytest.raises(ValueError, match=f"acts in the blocks of the language model alone, not at {where.split('/')[0]}/"):
+        multimodal.shapes(config)
+
+
 def test_dropout_acts_in_training_only_and_follows_its_key():
     config = tiny.model_config(adapters=(LoraConfig("d", 4, 8.0, ("llm/layers/**",), dropout=0.5),))
     params, batch, run = tiny.random_params(config), tiny.rows([[9]], 9), Execution()

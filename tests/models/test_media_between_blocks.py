@@ -178,7 +178,7 @@ def test_adapters_beside_the_plugs():
 
 
 def test_adapters_beside_the_plugs_have_no_dropout():
-    with pytest.raises(ValueError, match="has dropout, which there is none of in plugs: llm/plugs/cross_attention"):
+    with pytest.raises(ValueError, match="has dropout, which acts in the blocks of the language model alone, not at llm/plugs/cross_attention"):
         adapters.add(jax.random.key(0), PARAMS, dataclasses.replace(CONFIG, adapters=(LoraConfig("d", 2, 4.0, ("llm/**",), 0.1),)))
 
 
