@@ -26,7 +26,7 @@ from tests.training import tiny
 
 LINEARS = ("llm/layers/**",)
 KINDS = {
-    "lora": LoraConfig("tune", 2, 4.0, ("llm/layers[0:1]/**", "llm/head", "llm/embed"), dropout=0.1, bias="all", token_ids=(3, 7)),
+    "lora": LoraConfig("tune", 2, 4.0, ("llm/layers[0:1]/**", "llm/head", "llm/embed"), bias="all", token_ids=(3, 7)),
     "dora": LoraConfig("tune", 2, 4.0, LINEARS, dora=True, lora_bias=True),
     "ia3": Ia3Config("tune", ("llm/layers/**/{key,value,down}",), ("llm/layers/mlp/down",)),
     "affine": AffineConfig("tune", LINEARS),
