@@ -81,6 +81,6 @@ def test_several_evaluations_carry_their_names(workdir, monkeypatch):
 def test_an_unknown_metric_is_named(workdir):
     recipe = type(small_workdir.RECIPE)(evaluations={"x": Evaluation(metrics=("meteor",))})
     with pytest.raises(
-        UserError, match="evaluations.x.metrics: unknown metric 'meteor'; there are accuracy, bleu, cider"
+        UserError, match="evaluations.x.metrics: unknown metric 'meteor'; there are accuracy, letter, bleu, cider, wer"
     ):
         run.evaluate(None, recipe, workdir)
