@@ -171,7 +171,7 @@ def test_a_row_alone_is_the_row_in_its_batch(anyres):
                     "image_sizes": given["image_sizes"][1:]})  # fmt: skip
     together = anyres({name: value for name, value in given.items() if name != "labels"})
     np.testing.assert_allclose(alone["logits"][0], together["logits"][1][keep], atol=2e-5)
-    np.testing.assert_allclose(alone["connector_output_1"], together["connector_output_2"], atol=1e-6)
+    np.testing.assert_allclose(alone["connector_output_1"], together["connector_output_2"], atol=5e-6)
     flat = np.concatenate([p[:n] for p, n in zip(given["pixel_values"], (5, 4, 3))])
     same = anyres({**{n: v for n, v in given.items() if n != "labels"}, "pixel_values": flat})
     np.testing.assert_array_equal(same["logits"], together["logits"])
