@@ -9,7 +9,7 @@ from typing import Any, Mapping, Sequence, TypeAlias
 import jax.numpy as jnp
 
 from mmjax.errors import UserError
-from mmjax.models.adapters import BESIDE, WEIGHTS
+from mmjax.models.adapter_places import BESIDE, WEIGHTS
 from mmjax.models.config import ModelConfig
 from mmjax.tree import Params
 

@@ -17,7 +17,7 @@ from typing import Literal, Sequence
 
 from mmjax import tree
 from mmjax.models import (
-    adapters,
+    adapter_places,
     gated_cross_attention,
     mobilenet_v2,
     multimodal,
@@ -255,12 +255,12 @@ def _layer(path: str, row: int, config: ModelConfig) -> int:
 
 
 @functools.lru_cache(maxsize=4)
-def _adapter_places(config: ModelConfig) -> dict[str, adapters.Place]:
+def _adapter_places(config: ModelConfig) -> dict[str, adapter_places.Place]:
     """Where adapters stand beside weights, by the paths of copies, and of others by the path below which they are."""
     if not config.adapters:
         return {}
     shapes = multimodal.shapes(config)
-    found = [place for adapter in config.adapters for place in adapters.places(shapes, config, adapter)]
+    found = [place for adapter in config.adapters for place in adapter_places.places(shapes, config, adapter)]
     return {key: place for place in found for key in [f"{place.at}/{name}" for name in place.copies] or [place.at]}
 
 

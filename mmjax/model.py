@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 import jax
 import numpy as np
 
-from mmjax import active_adapters, calibration, tree, vocabulary
+from mmjax import active_adapters, tree, vocabulary
 from mmjax.active_adapters import Choice
 from mmjax.batch import Batch
 from mmjax.data.collation import collate
@@ -27,7 +27,7 @@ from mmjax.inference.generate import generate as generate_tokens
 from mmjax.inference.sampling import Sampling, from_file
 from mmjax.inference.stopping import before_stop, stopper
 from mmjax.models import adapters as beside
-from mmjax.models import new_rows, prompts, quantised
+from mmjax.models import calibration, new_rows, prompts, quantised
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.quantised import Quantisation
 from mmjax.tree import Params
@@ -391,7 +391,7 @@ class Model:
         return self.unmerged
 
     def quantised(self, spec: Quantisation, texts: Sequence[str] = (), length: int = 512) -> Model:
-        """The model with frozen kernels in few bits: rounded, or, in "int4", by AWQ (mmjax.calibration) on the ids of `texts`, one after
+        """The model with frozen kernels in few bits: rounded, or, in "int4", by AWQ (mmjax.models.calibration) on the ids of `texts`, one after
         another in rows of `length`. AWQ folds scales into norms and other kernels, so the model as a whole is another then.
 
         Raises UserError where some kernels are quantised already.

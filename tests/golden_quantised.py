@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax import calibration, tree
+from mmjax import tree
 from mmjax.checkpoints import awq as layouts
 from mmjax.checkpoints import weights
 from mmjax.errors import UserError
 from mmjax.families import keys, llama
-from mmjax.models import awq, multimodal, number_formats
+from mmjax.models import awq, calibration, multimodal, number_formats
 from mmjax.models.block import Block
 from mmjax.models.kernels import matmul
 from mmjax.models.layers import apply
@@ -90,7 +90,7 @@ def awq_block(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str])
 
     What is recorded under `folded__` are the block's weights as they are in model.safetensors, bit by bit, not what folding makes of
     them (the recording went on to share memory with weights that were put back afterwards). So that is what they are compared
-    with, and folding by the block's output after it, and in tests/test_calibration.py.
+    with, and folding by the block's output after it, and in tests/models/test_calibration.py.
     """
     if config["w_bit"] != 4 or not config["zero_point"]:
         raise UserError(f"w_bit {config['w_bit']}, zero_point {config['zero_point']} is not supported")

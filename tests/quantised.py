@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mmjax import calibration, tree
+from mmjax import tree
 from mmjax.batch import Batch
-from mmjax.models import multimodal, quantised
+from mmjax.models import calibration, multimodal, quantised
 from mmjax.models.block_config import BlockConfig, Rope
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.quantised import Quantisation

@@ -57,6 +57,18 @@ def with_grid(
     return dataclasses.replace(rows, **fields)
 
 
+def with_one_each(rows: Batch, **media: np.ndarray) -> Batch:
+    """The rows with one medium for each, without a place in the text: `images` or `features`, [rows, ...]."""
+    count = len(rows.tokens)
+    return dataclasses.replace(
+        rows,
+        tiles=np.ones((count, 1), bool),
+        row_media=np.zeros((count, 1), np.int32),
+        media_segments=np.ones((count, 1), np.int32),
+        **{name: found[:, None] for name, found in media.items()},
+    )
+
+
 def with_list(rows: Batch, images: np.ndarray | None, locations: np.ndarray) -> Batch:
     """The rows with the pictures [pictures, height, width, channels] of all of them, in the order in which they stand in the text.
 

@@ -328,13 +328,7 @@ def _batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     count = len(inputs["tokens"])
     if len(pixels) != count:
         raise UserError(f"there are {len(pixels)} imgs for {count} rows of tokens; each row has one")
-    return dataclasses.replace(
-        rows,
-        images=pixels[:, None],
-        tiles=np.ones((count, 1), bool),
-        row_media=np.zeros((count, 1), np.int32),
-        media_segments=np.ones((count, 1), np.int32),
-    )
+    return interleaved.with_one_each(rows, images=pixels)
 
 
 def _outputs(

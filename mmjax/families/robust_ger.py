@@ -11,14 +11,12 @@ denoising network's own layout (MINE) is `mine_rules`.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
 
 from mmjax.batch import Batch
 from mmjax.errors import UserError
-from mmjax.families import language
+from mmjax.families import interleaved, language
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields
 from mmjax.families.keys import Form, Rule, linear, norm, numbered, rule, transposed
@@ -180,13 +178,7 @@ def _batch(config: ModelConfig, foreign: Config, inputs: Inputs) -> Batch:
     count, prompts, found = len(inputs["idx"]), prompts_of(config), inputs["emb_diff"]
     if found.shape != (count, prompts.length, prompts.channels):
         raise UserError(f"emb_diff are [rows, prompts, n_state] = {[count, prompts.length, prompts.channels]}, not {list(found.shape)}")
-    return dataclasses.replace(
-        rows,
-        features=np.asarray(found, np.float32)[:, None],
-        tiles=np.ones((count, 1), bool),
-        row_media=np.zeros((count, 1), np.int32),
-        media_segments=np.ones((count, 1), np.int32),
-    )
+    return interleaved.with_one_each(rows, features=np.asarray(found, np.float32))
 
 
 def _outputs(

@@ -1,22 +1,15 @@
-"""Adapters beside weights: where they sit, how they begin, how layers get to read them, how they are merged.
+"""Adapters beside weights: how they begin, how layers get to read them, how they are merged. Where they stand is said in
+mmjax.models.adapter_places.
 
-The leaves of an adapter stand beside what they change, `PATH/adapters/NAME/...`:
-
-    of a Linear               see mmjax.models.lora and mmjax.models.elementwise; where ranks or alphas differ between its layers, those
-                              of one rank and alpha below `rankR_alphaA/`
-    kernel, bias, scale, ...  named like a leaf at PATH: a copy of it, which takes its place (norm tuning, LoRA's biases)
-    rows                      copies of the rows `token_ids` of the embedding table at PATH
-
-A leaf covers the layers that its targets choose, k rows for k layers, and is stored, trained and counted at that size. `bound` makes of
-the parameters what layers read: rows for all layers, those without the adapter getting what changes nothing; replaced leaves in their
-places; and the weights of the call. These stand at `adapter_weights/NAME` among the parameters, one number or one for each row of
-the batch; an adapter without one counts in full, and one that is not in config.adapters not at all.
+`bound` makes of the parameters what layers read: rows for all layers, those without the adapter getting what changes nothing; replaced
+leaves in their places; and the weights of the call. These stand at `adapter_weights/NAME` among the parameters, one number or one for
+each row of the batch; an adapter without one counts in full, and one that is not in config.adapters not at all.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,64 +18,28 @@ import numpy as np
 from mmjax import tree
 from mmjax.errors import UserError
 from mmjax.models import elementwise, linear_port, lora, plugged, prefix, prompts, quantised
+from mmjax.models.adapter_places import (
+    BESIDE,
+    EMBED,
+    HEAD,
+    OWN,
+    WEIGHTS,
+    Place,
+    cut,
+    has_port,
+    originals,
+    places,
+    weight_at,
+    with_tied_head,
+)
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import stored
-from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, NormConfig, PrefixConfig
+from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, PrefixConfig
 
 Params = dict[str, Any]
-Layers = tuple[int, ...] | None  # of a stack; None where there is none
 Leaves = dict[str, Any]
-WEIGHTS = "adapter_weights"
-BESIDE = (LoraConfig, Ia3Config, AffineConfig, NormConfig)  # the kinds whose leaves stand beside weights
 DROPPED = ("llm/layers/", "llm/encoder/layers/")  # what is run with the dropout of adapters
-EMBED, HEAD = "llm/embed", "llm/head"
-_OWN = ("lora_a", "lora_b", "lora_bias", "lora_magnitude", "ia3", "ia3_input", "affine_scale", "affine_bias")  # beside a Linear
 _NOTHING = {"ia3": 1.0, "ia3_input": 1.0, "affine_scale": 1.0}  # what changes nothing, where that is not 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Place:
-    """Leaves of an adapter that stand together.
-
-    path         the Linear, norm or table that they change
-    at           the path below which they stand
-    layers       the layers that they cover
-    rank, alpha  of LoRA's two matrices; 0 where there are none
-    copies       names of leaves at `path` of which they are copies
-    rows         rows of the table of which they are copies
-    """
-
-    path: str
-    at: str
-    layers: Layers = None
-    rank: int = 0
-    alpha: float = 0.0
-    copies: tuple[str, ...] = ()
-    rows: tuple[int, ...] = ()
-
-
-def places(params: Params, config: ModelConfig, adapter: Adapter, strict: bool = True) -> list[Place]:
-    """Where an adapter's leaves stand. `params` may be shapes, or, if not `strict`, those of some parts of the model.
-
-    Raises ValueError, if `strict`, for a target that chooses nothing.
-    """
-    if not isinstance(adapter, BESIDE):
-        return []
-    flat, found = _under(params, config), []
-    what = f"adapter {adapter.name!r}: target"
-    if isinstance(adapter, NormConfig):
-        norms = {path.removesuffix("/scale"): leaf.shape for path, leaf in flat.items() if path.endswith("/scale")}
-        for path, layers in _chosen(norms, adapter.targets, what, "norm", strict).items():
-            names = tuple(name for name in ("scale", "bias") if f"{path}/{name}" in flat)
-            found.append(Place(path, f"{path}/adapters/{adapter.name}", layers, copies=names))
-    else:
-        linears = _linears(flat, isinstance(adapter, LoraConfig))
-        chosen = _chosen(linears, adapter.targets, what, "linear layer", strict)
-        for path, layers in chosen.items():
-            found += _of_linear(path, layers, linears[path][0], adapter)
-            if isinstance(adapter, LoraConfig) and adapter.bias == "lora_only" and f"{path}/bias" in flat:
-                found.append(Place(path, f"{path}/adapters/{adapter.name}", layers, copies=("bias",)))
-    return found + list(_copied(flat, adapter, strict))
 
 
 def add(key: jax.Array, params: Params, config: ModelConfig) -> Params:
@@ -96,7 +53,7 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
 
     Raises ValueError for targets that choose nothing, and for dropout where there is none.
     """
-    flat = _with_tied_head(tree.flatten(quantised.dense_shapes(params)), config)
+    flat = with_tied_head(tree.flatten(quantised.dense_shapes(params)), config)
     fresh: Leaves = {}
     for number, adapter in enumerate(config.adapters):
         if isinstance(adapter, PrefixConfig | prompts.Prompt):
@@ -106,8 +63,8 @@ def draw(key: jax.Array, params: Params, config: ModelConfig) -> Params:
         if (plugs := plugged.init(jax.random.fold_in(key, number), adapter, config)) is not None:
             fresh |= {path: leaf for path, leaf in tree.flatten(plugs).items() if path not in flat}
         for place in places(params, config, adapter):
-            leaves = {name: jnp.zeros(_cut(flat[of].shape, place)) for name, of in _originals(place).items()}
-            shape = () if leaves else _cut(flat[_weight_at(place.path)].shape, place)
+            leaves = {name: jnp.zeros(cut(flat[of].shape, place)) for name, of in originals(place).items()}
+            shape = () if leaves else cut(flat[weight_at(place.path)].shape, place)
             if place.rank and f"{place.at}/lora_a" not in flat:
                 key, own = jax.random.split(key)
                 assert isinstance(adapter, LoraConfig)
@@ -134,16 +91,16 @@ def _in_front(key: jax.Array, adapter: prompts.Prompt | PrefixConfig, config: Mo
 def settle(params: Params, before: Params, config: ModelConfig) -> Params:
     """`draw`'s parameters with the leaves that follow from weights: copies, and DoRA's magnitudes. Leaves that were there `before` stay
     as they are."""
-    flat, old = _with_tied_head(tree.flatten(params), config), tree.flatten(before)
+    flat, old = with_tied_head(tree.flatten(params), config), tree.flatten(before)
     flat |= {path: quantised.node(params, path) for path in quantised.kernels(params)}
     made: Leaves = {}
     for adapter in config.adapters:
         for place in places(params, config, adapter):
-            follow: Leaves = {name: _copy(flat[of], place) for name, of in _originals(place).items()}
+            follow: Leaves = {name: _copy(flat[of], place) for name, of in originals(place).items()}
             if isinstance(adapter, LoraConfig) and adapter.dora and place.rank:
                 leaves = {name: flat[f"{place.at}/{name}"] for name in ("lora_a", "lora_b")}
                 leaves["factor"] = jnp.full(leaves["lora_a"].shape[:-2], adapter.scale_of(place.rank, place.alpha))
-                follow = {"lora_magnitude": lora.magnitudes(_copy(flat[_weight_at(place.path)], place), leaves, adapter)}
+                follow = {"lora_magnitude": lora.magnitudes(_copy(flat[weight_at(place.path)], place), leaves, adapter)}
             made |= {f"{place.at}/{name}": leaf for name, leaf in follow.items() if f"{place.at}/{name}" not in old}
     return tree.merge(params, tree.unflatten(made))
 
@@ -189,11 +146,11 @@ def merge_by_layer(params: Params, config: ModelConfig) -> tuple[Params, ModelCo
 
     def change(path: str, i: int | None, leaf: Any) -> Any:
         site, _, name = path.rpartition("/")
-        if site not in found or path not in (_weight_at(site), f"{site}/bias"):
+        if site not in found or path not in (weight_at(site), f"{site}/bias"):
             return leaf
         if name == "bias":
-            kernel: Any = row(stored(bare[_weight_at(site)]), i) if any("lora_bias" in leaves for _, leaves in found[site]) else 0.0
-            wide: tuple[Any, Any] = np.broadcast_to(kernel, bare[_weight_at(site)].shape[-2:]), np.asarray(leaf, np.float32)
+            kernel: Any = row(stored(bare[weight_at(site)]), i) if any("lora_bias" in leaves for _, leaves in found[site]) else 0.0
+            wide: tuple[Any, Any] = np.broadcast_to(kernel, bare[weight_at(site)].shape[-2:]), np.asarray(leaf, np.float32)
         else:
             wide = np.asarray(leaf, np.float32), None
         present = [(adapter, {key: row(value, i) for key, value in leaves.items()}) for adapter, leaves in found[site]]
@@ -223,7 +180,7 @@ def _to_merge(params: Params, config: ModelConfig) -> tuple[Leaves, dict[str, li
                 bare.setdefault(f"{HEAD}/new_rows", bare[f"{EMBED}/new_rows"])
     for path, present in found.items():
         if f"{path}/bias" not in bare and any(leaves.keys() & {"lora_bias", "affine_bias"} for _, leaves in present):
-            shape = bare[_weight_at(path)].shape
+            shape = bare[weight_at(path)].shape
             bare[f"{path}/bias"] = jnp.zeros((*shape[:-2], shape[-1]))
     return bare, found, config
 
@@ -234,123 +191,6 @@ def leaves_of(params: Params, names: Sequence[str]) -> Params:
     starts = tuple(f"mine/{name}/" for name in names)
     flat = tree.flatten(params)
     return tree.unflatten({p: leaf for p, leaf in flat.items() if p.startswith(starts) or any(place in p for place in places)})
-
-
-def names(place: Place, flat: Mapping[str, Any]) -> list[str]:
-    """The names of a place's leaves, of which `flat` has the paths."""
-    return list(_originals(place)) if place.copies else [name for name in _OWN if f"{place.at}/{name}" in flat]
-
-
-def has_port(path: str) -> bool:
-    """Whether the Linear at a path is run with its adapters: those of blocks, plugs and connectors, the head, and the table of tokens."""
-    return tree.is_stacked(path) or path.startswith("connector/") or path in (EMBED, HEAD)
-
-
-def _under(params: Params, config: ModelConfig) -> Leaves:
-    """The leaves that adapters may change: all but those of adapters, and the kernel of a tied head as if it were a leaf."""
-    own = tuple(f"/{port}/{adapter.name}/" for adapter in config.adapters for port in ("plugs", "prompts"))
-    flat = tree.flatten({part: leaves for part, leaves in params.items() if part != WEIGHTS})
-    flat = {path: leaf for path, leaf in flat.items() if "/adapters/" not in path and not any(name in path for name in own)}
-    return _with_tied_head(tree.flatten(quantised.dense_shapes(tree.unflatten(flat))), config)
-
-
-def _with_tied_head(flat: Leaves, config: ModelConfig) -> Leaves:
-    table = flat.get(f"{EMBED}/embedding")
-    if table is None or config.llm is None or not (config.llm.has_head and config.llm.tied_head):
-        return flat
-    turned = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype) if isinstance(table, jax.ShapeDtypeStruct) else table.T
-    return {**flat, f"{HEAD}/kernel": turned}
-
-
-def _linears(flat: Leaves, tables: bool) -> dict[str, tuple[int, ...]]:
-    """Path -> shape of the kernels that have a port: not those of convolutions, experts and routers; the `tables` of tokens among them."""
-    found = {
-        path.removesuffix("/kernel"): leaf.shape
-        for path, leaf in flat.items()
-        if path.endswith("/kernel") and len(leaf.shape) == 2 + tree.is_stacked(path) and "/router" not in path
-    }
-    if tables and f"{EMBED}/embedding" in flat:
-        found[EMBED] = flat[f"{EMBED}/embedding"].shape
-    return found
-
-
-def _chosen(
-    found: Mapping[str, tuple[int, ...]], globs: tuple[str, ...], what: str, kind: str, strict: bool
-) -> dict[str, Layers]:
-    """Path -> layers of what the globs name. `**` does not reach what stands alone, outside of stacks and connectors: heads, tables."""
-    chosen: dict[str, set[int] | None] = {}
-    for glob in globs:
-        matching = [path for path in found if tree.matches(path, glob)]
-        matching = [path for path in matching if "**" not in glob or kind == "norm" or (has_port(path) and path not in (EMBED, HEAD))]
-        if not matching and strict:
-            raise ValueError(f"{what} {glob!r} matches no {kind}; there are {', '.join(found)}")
-        for path in matching:
-            if not tree.is_stacked(path):
-                chosen[path] = None
-                continue
-            start, stop = tree.layer_range(glob) or (None, None)
-            some = range(found[path][0])[start:stop]
-            if not some and strict:
-                raise ValueError(f"{what} {glob!r} chooses no layers: {path} has layers 0 to {found[path][0] - 1}")
-            chosen[path] = {*(chosen.get(path) or ()), *some}
-    return {path: None if (layers := chosen[path]) is None else tuple(sorted(layers)) for path in found if path in chosen}
-
-
-def _of_linear(path: str, layers: Layers, depth: int, adapter: Adapter) -> Iterator[Place]:
-    """The places of its matrices or factors: one for each rank and alpha."""
-    at = f"{path}/adapters/{adapter.name}"
-    if not isinstance(adapter, LoraConfig):
-        yield Place(path, at, layers)
-        return
-
-    def named(pattern: tuple[tuple[str, Any], ...], layer: int, default: Any) -> Any:
-        for glob, value in pattern:
-            start, stop = tree.layer_range(glob) or (None, None)
-            if tree.matches(path, glob) and (layers is None or layer in range(depth)[start:stop]):
-                return value
-        return default
-
-    groups: dict[tuple[int, float], list[int]] = {}
-    for layer in (0,) if layers is None else layers:
-        kind = named(adapter.rank_pattern, layer, adapter.rank), named(adapter.alpha_pattern, layer, adapter.alpha)
-        groups.setdefault(kind, []).append(layer)
-    for (rank, alpha), some in groups.items():
-        own = at if len(groups) == 1 else f"{at}/rank{rank}_alpha{alpha:g}"
-        yield Place(path, own, None if layers is None else tuple(some), rank, alpha)
-
-
-def _copied(flat: Leaves, adapter: Adapter, strict: bool) -> Iterator[Place]:
-    """The places of copies that do not depend on the targets."""
-    whole: dict[str, None] = {}
-    for glob in getattr(adapter, "whole", ()):
-        paths = [path for path in flat if tree.matches(path, glob)]
-        if not paths and strict:
-            raise ValueError(f"adapter {adapter.name!r}: whole {glob!r} matches no leaf")
-        whole.update(dict.fromkeys(paths))
-    if isinstance(adapter, LoraConfig) and adapter.bias == "all":
-        whole.update(dict.fromkeys(path for path in flat if path.endswith("/bias")))
-    if isinstance(adapter, LoraConfig) and adapter.token_ids and f"{EMBED}/embedding" in flat:
-        yield Place(EMBED, f"{EMBED}/adapters/{adapter.name}", copies=("embedding",), rows=adapter.token_ids)
-    for path in whole:
-        site, name = path.rsplit("/", 1)
-        layers = tuple(range(flat[path].shape[0])) if tree.is_stacked(path) else None
-        yield Place(site, f"{site}/adapters/{adapter.name}", layers, copies=(name,))
-
-
-def _originals(place: Place) -> dict[str, str]:
-    """Name of a copy -> the leaf that it copies."""
-    return {"rows" if place.rows else name: f"{place.path}/{name}" for name in place.copies}
-
-
-def _weight_at(path: str) -> str:
-    """The kernel of the Linear, or the table, at a path."""
-    return f"{path}/embedding" if path == EMBED else f"{path}/kernel"
-
-
-def _cut(shape: tuple[int, ...], place: Place) -> tuple[int, ...]:
-    """Of a leaf that covers some of the layers, or of the rows."""
-    some = place.rows or place.layers
-    return tuple(shape) if some is None else (len(some), *shape[1:])
 
 
 def _copy(leaf: Any, place: Place) -> Any:
@@ -367,8 +207,8 @@ def _bind(
     """The leaves under the adapters, with copies in their places; and path of a Linear or table -> the adapters that change it, in their
     order, with their leaves: rows for all layers, with what tells the layers and the rows of the batch apart."""
     bare = {path: leaf for path, leaf in leaves.items() if "/adapters/" not in path}
-    nested, flat = tree.unflatten(leaves), _with_tied_head(leaves, config)
-    shapes = _with_tied_head(tree.flatten(quantised.dense_shapes(nested)), config)
+    nested, flat = tree.unflatten(leaves), with_tied_head(leaves, config)
+    shapes = with_tied_head(tree.flatten(quantised.dense_shapes(nested)), config)
     found: dict[str, list[tuple[Adapter, Leaves]]] = {}
     instead: dict[str, list[tuple[jax.Array, Any]]] = {}
     for adapter in config.adapters:
@@ -378,16 +218,16 @@ def _bind(
 
         groups: dict[str, list[tuple[Place, Leaves]]] = {}
         for place in places(nested, config, adapter, strict=False):
-            for name, of in _originals(place).items():
+            for name, of in originals(place).items():
                 if (path := f"{place.at}/{name}") in flat:
                     instead.setdefault(of, []).append((_laid_over(flat[of], flat[path], place), weight()))
                     if of == f"{EMBED}/embedding" and not place.rows and f"{HEAD}/kernel" in flat:
                         bare[f"{HEAD}/kernel"] = flat[f"{HEAD}/kernel"]  # a tied head stays with the table under the copy
-            own = {} if place.copies else {name: flat[path] for name in _OWN if (path := f"{place.at}/{name}") in flat}
+            own = {} if place.copies else {name: flat[path] for name in OWN if (path := f"{place.at}/{name}") in flat}
             if own:
                 groups.setdefault(place.path, []).append((place, own))
         for path, group in groups.items():
-            depth = shapes[_weight_at(path)].shape[0] if tree.is_stacked(path) else None
+            depth = shapes[weight_at(path)].shape[0] if tree.is_stacked(path) else None
             found.setdefault(path, []).append((adapter, _for_all_layers(depth, adapter, group, weight())))
     for path, news in instead.items():
         bare[path] = _replaced(flat[path], news, path)
@@ -486,8 +326,8 @@ def _merge_into(bare: Leaves, path: str, found: list[tuple[Adapter, Leaves]], dt
         made = made.astype(dtype or stored(kernel).dtype)
         return made, more if more is None else more.astype(dtype or (jnp.float32 if bias is None else bias.dtype))
 
-    inputs = bare[_weight_at(path)], bare.get(f"{path}/bias"), [leaves for _, leaves in found]
+    inputs = bare[weight_at(path)], bare.get(f"{path}/bias"), [leaves for _, leaves in found]
     made, more = jax.lax.map(one, inputs) if tree.is_stacked(path) else one(inputs)
-    bare[_weight_at(path)] = made
+    bare[weight_at(path)] = made
     if more is not None:
         bare[f"{path}/bias"] = more

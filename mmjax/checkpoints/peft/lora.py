@@ -41,7 +41,7 @@ from mmjax.checkpoints.peft.modules import (
 )
 from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
-from mmjax.models import adapters
+from mmjax.models import adapter_places
 from mmjax.models.tuning_config import LoraConfig
 from mmjax.tree import Params
 
@@ -209,7 +209,7 @@ def _scales(params: Params, base: Base, config: LoraConfig) -> dict[tuple[str, i
     """Path and layer -> alpha / rank (or its root)."""
     return {
         (place.path, layer): config.scale_of(place.rank, place.alpha)
-        for place in adapters.places(params, base.config, config)
+        for place in adapter_places.places(params, base.config, config)
         if place.rank
         for layer in ((None,) if place.layers is None else place.layers)
     }

@@ -19,14 +19,14 @@ from mmjax.checkpoints.peft.method import Base, Directory, Fields
 from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
 from mmjax.families.keys import Piece, Rule, joined, row, same, transposed
-from mmjax.models import adapters
+from mmjax.models import adapter_places, adapters
 from mmjax.models.tuning_config import Adapter
 from mmjax.tree import Params
 
 PREFIX = "base_model.model."
 # (path of ours, layer or None, name of the leaf) -> that layer of it
 Values = dict[tuple[str, int | None, str], Callable[[], np.ndarray]]
-_EMBEDDING = f"{adapters.EMBED}/embedding"
+_EMBEDDING = f"{adapter_places.EMBED}/embedding"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ def modules(base: Base) -> dict[str, Module]:
     tied = base.config.llm is not None and base.config.llm.has_head and base.config.llm.tied_head
     copies = {**base.family.copies(base.config), **base.family.copies_in(base.config, base.foreign)} if tied else {}
     originals = {r.name for r in table if r.paths == (_EMBEDDING,)}
-    table += [Rule(name, (f"{adapters.HEAD}/kernel",), transposed) for name, of in copies.items() if of in originals]
+    table += [Rule(name, (f"{adapter_places.HEAD}/kernel",), transposed) for name, of in copies.items() if of in originals]
     for rule in table:
         shape = flat[rule.paths[0]].shape if rule.paths[0] in flat else ()
         for at in rule.index(shape):
@@ -137,10 +137,10 @@ def sort_out(
 def _whole(base: Base) -> dict[str, tuple[Rule, tuple[int, ...]]]:
     """The base's tensors by name: its rule, and which row of our leaves it is."""
     flat, found = tree.flatten(base.params), {}
-    rules = [*base.rules, *(m.rule for m in modules(base).values() if m.paths == (adapters.HEAD,))]
+    rules = [*base.rules, *(m.rule for m in modules(base).values() if m.paths == (adapter_places.HEAD,))]
     for rule in rules:
         at_head = rule.paths[0] not in flat
-        if at_head and rule.paths != (f"{adapters.HEAD}/kernel",):
+        if at_head and rule.paths != (f"{adapter_places.HEAD}/kernel",):
             continue
         for at in rule.index(() if at_head else flat[rule.paths[0]].shape):
             name = rule.foreign_name(at)
@@ -173,8 +173,8 @@ def changed_under(base: Base, module: Module, stored: Stored) -> Values:
         return {}
     site, _, name = path.rpartition("/")
     made: Values = {(site, module.layer, name): lambda: whole}
-    if module.is_table and any(m.paths == (adapters.HEAD,) and f"{adapters.HEAD}/kernel" not in flat for m in modules(base).values()):
-        made[adapters.HEAD, None, "kernel"] = lambda: whole.T
+    if module.is_table and any(m.paths == (adapter_places.HEAD,) and f"{adapter_places.HEAD}/kernel" not in flat for m in modules(base).values()):
+        made[adapter_places.HEAD, None, "kernel"] = lambda: whole.T
     return made
 
 
@@ -189,7 +189,7 @@ def targeted(base: Base, fields: Fields, can: Callable[[Module], bool], key: str
         if _named(excluded, name) or any(re.match(rf"(^|.*\.){m}($|\..*)", name) for m in saved):
             return False
         if wanted == "all-linear":
-            return module.is_linear and module.paths != (adapters.HEAD,)
+            return module.is_linear and module.paths != (adapter_places.HEAD,)
         if not isinstance(wanted, str) and name not in (wanted or []) and indices:
             number = next((int(m[1]) for shape in shapes if (m := re.match(shape, name))), None)
             return _named(wanted, name) and number in indices
@@ -237,8 +237,8 @@ def fill(directory: Directory, base: Base, adapter: Adapter, values: Values, str
     under = jax.eval_shape(lambda params: params, tree.unflatten(shapes))
     drawn = tree.flatten(jax.eval_shape(lambda p: adapters.draw(jax.random.key(0), p, config), under))
     lacking, wrong, used, made = list(missing), [], set(), {}
-    for place in adapters.places(under, config, adapter):
-        for name in adapters.names(place, drawn):
+    for place in adapter_places.places(under, config, adapter):
+        for name in adapter_places.names(place, drawn):
             shape, rows = drawn[f"{place.at}/{name}"].shape, []
             for layer in (None,) if place.layers is None else place.layers:
                 key = (place.path, layer, name)
@@ -275,8 +275,8 @@ def rows_of(
     flat = tree.flatten(params)
     beside: dict[tuple[str, int | None], dict[str, np.ndarray]] = {}
     copies: dict[tuple[str, int | None, str], np.ndarray] = {}
-    for place in adapters.places(params, base.config, adapter):
-        for name in adapters.names(place, flat):
+    for place in adapter_places.places(params, base.config, adapter):
+        for name in adapter_places.names(place, flat):
             whole = np.asarray(flat[f"{place.at}/{name}"], np.float32)
             for k, layer in enumerate((None,) if place.layers is None else place.layers):
                 row = whole if layer is None else whole[k]
@@ -294,7 +294,7 @@ def written_copies(
     modules that are not saved whole stand alone."""
     made, saved, tokens = [], [], ""
     around, wrapped = modules(base), {(path, module.layer): module for module in adapted for path in module.paths}
-    if (rows := copies.pop((adapters.EMBED, None, "rows"), None)) is not None:
+    if (rows := copies.pop((adapter_places.EMBED, None, "rows"), None)) is not None:
         tokens = next(m.name for m in around.values() if m.is_table)
         made.append(tensor(f"{tokens}.token_adapter.trainable_tokens_delta", rows, dtype))
     table: dict[str, tuple[Rule, tuple[int, ...]]] = {name: found for name, found in _whole(base).items() if in_memory(base, name) == name}
@@ -338,7 +338,7 @@ def tensor(name: str, array: np.ndarray, dtype: Any) -> Tensor:
 def outputs(base: Base, path: str) -> int:
     """How many outputs a Linear, or the table of tokens (its width), has."""
     flat = tree.flatten(base.params)
-    if path == adapters.EMBED:
+    if path == adapter_places.EMBED:
         return int(flat[_EMBEDDING].shape[1])
     return int(flat[f"{path}/kernel"].shape[-1] if f"{path}/kernel" in flat else flat[_EMBEDDING].shape[0])
 

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax import calibration, tree
+from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.errors import UserError
-from mmjax.models import multimodal, quantised
+from mmjax.models import calibration, multimodal, quantised
 from mmjax.models.block import Block
 from mmjax.models.block_config import BlockConfig, Rope
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
