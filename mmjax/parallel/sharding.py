@@ -45,6 +45,9 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**", ()),
 )
 
+# Fields of a batch that stand in groups of media, not in rows.
+MEDIA_FIELDS = ("images", "features", "audio", "tiles", "frames", "grids", "classes", "connector_tokens", "connector_segments")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -116,10 +119,9 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
     """Rows and media groups over the data axes, positions over `sequence`."""
     in_rows = NamedSharding(mesh, PartitionSpec(DATA_AXES, "sequence"))
     in_groups = NamedSharding(mesh, PartitionSpec(DATA_AXES))
-    images = ("images", "features", "audio", "tiles", "frames", "grids", "classes")
-    media = (*images, "row_media", "media_segments", "connector_tokens", "connector_segments")
+    whole = (*MEDIA_FIELDS, "row_media", "media_segments")
     shardings: dict[str, Any] = {
-        field.name: in_groups if field.name in media else in_rows
+        field.name: in_groups if field.name in whole else in_rows
         for field in dataclasses.fields(Batch)
         if getattr(batch, field.name) is not None
     }
