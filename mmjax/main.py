@@ -6,6 +6,11 @@
   --workdir  where checkpoints, figures and pictures go; workdirs/NAME unless given. Jobs other than train and plan may
              leave --config out: the recipe the workdir was trained with is used.
   --config.a.b=v   overrides one field of the recipe
+  --coordinator=HOST:PORT --processes=N --process=I
+             this is process I (from 0) of N, and process 0 listens at HOST:PORT. Not needed where SLURM, Open MPI, Kubernetes or a
+             TPU pod says it; --processes=1 keeps a process alone there
+  --heartbeat=30 --start=300
+             seconds after which a process that is not heard of counts as dead, and for which the others are waited for at the start
 
 The exit code is 0 only if the job did what was asked.
 """
@@ -27,8 +32,10 @@ from mmjax.allocator import keep_freed_memory
 from mmjax.config import Recipe, from_config_dict, read_recipe, to_config_dict
 from mmjax.config_parsing import dotted_keys, nearest, unknown_keys
 from mmjax.errors import UserError
+from mmjax.parallel import cluster
 
 JOBS = ("train", "evaluate", "generate", "chat", "export", "plan")
+ALONE = ("chat", "plan")  # jobs of one process
 
 
 def main(arguments: list[str]) -> int:
@@ -40,8 +47,13 @@ def main(arguments: list[str]) -> int:
         sys.stdout.reconfigure(line_buffering=True)  # a log in a file can be followed
     keep_freed_memory()
     try:
-        recipe, job, workdir = read_command(arguments)
-        importlib.import_module(f"mmjax.jobs.{job}").run(recipe, workdir)
+        values, rest = _flags(arguments)
+        asked = cluster.Asked(values.coordinator, values.processes, values.process, values.heartbeat, values.start)
+        if values.job in ALONE and not asked.alone:
+            raise UserError(f"--job={values.job} runs in one process: start it once, with --processes=1 or where there is no cluster.")
+        with cluster.joined(asked):
+            recipe, job, workdir = _command(values, rest)
+            importlib.import_module(f"mmjax.jobs.{job}").run(recipe, workdir)
     except (UserError, flags.Error) as error:
         print(f"mmjax: {error}", file=sys.stderr)
         return 1
@@ -50,11 +62,26 @@ def main(arguments: list[str]) -> int:
 
 def read_command(arguments: list[str]) -> tuple[Recipe, str, Path]:
     """The validated recipe, the job and the workdir. Raises UserError or flags.Error for what cannot be done."""
+    return _command(*_flags(arguments))
+
+
+def _flags(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
+    """The flags of `main`, and what is left: overrides."""
     values = flags.FlagValues()
     flags.DEFINE_string("config", None, "path of a recipe, with arguments after a colon", flag_values=values)
     flags.DEFINE_enum("job", "train", JOBS, "what to do", flag_values=values)
     flags.DEFINE_string("workdir", None, "where checkpoints and figures go", flag_values=values)
+    flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0", flag_values=values)
+    flags.DEFINE_integer("processes", None, "how many processes there are", flag_values=values)
+    flags.DEFINE_integer("process", None, "which one this is, from 0", flag_values=values)
+    flags.DEFINE_integer("heartbeat", cluster.HEARTBEAT, "seconds until a silent process counts as dead", flag_values=values)
+    flags.DEFINE_integer("start", cluster.START, "seconds to wait for the others at the start", flag_values=values)
     _, *rest = values(["mmjax", *arguments], known_only=True)
+    return values, rest
+
+
+def _command(values: flags.FlagValues, rest: list[str]) -> tuple[Recipe, str, Path]:
+    """See `read_command`."""
     if values.config is not None:
         config = _load(values.config)
     elif values.workdir is not None and values.job != "train":

@@ -30,7 +30,7 @@ from mmjax.model import Model
 from mmjax.models import modality_mixture, prefix, quantised
 from mmjax.models.adapters import leaves_of
 from mmjax.models.decoder import require_positions
-from mmjax.parallel.mesh import data_shards, divide_processor, join_cluster, make_mesh
+from mmjax.parallel.mesh import data_shards, divide_processor, make_mesh
 from mmjax.parallel.sharding import format_table, param_shardings, table
 from mmjax.results import record
 from mmjax.training.loop import Run, noting_sigterm, train
@@ -52,7 +52,6 @@ def run(recipe: Recipe, workdir: Path) -> None:
     began = time.perf_counter()
     _log_to_terminal()
     divide_processor(recipe.mesh)
-    join_cluster()
     mesh = make_mesh(recipe.mesh)
     workdir.mkdir(parents=True, exist_ok=True)
     check_same_run(recipe, workdir)

@@ -1,4 +1,4 @@
-"""The one device mesh, and the start of a run with several processes."""
+"""The one device mesh."""
 
 from __future__ import annotations
 
@@ -47,12 +47,3 @@ def divide_processor(sizes: config.Mesh) -> None:
     if sizes.cpu_devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", sizes.cpu_devices)
-
-
-def join_cluster() -> None:
-    """Joins the other processes where a cluster is seen: a coordinator's address, a SLURM or MPI job of several tasks,
-    or a TPU pod. On a lone machine nothing happens (there `jax.distributed.initialize` would wait for others or fail)."""
-    tasks = max(int(os.environ.get(name, "1")) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"))
-    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    if os.environ.get("JAX_COORDINATOR_ADDRESS") or tasks > 1 or pod:
-        jax.distributed.initialize()
