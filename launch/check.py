@@ -1,6 +1,6 @@
 """Says, before a long run, whether the machines are what the run expects; every process of the run calls it at the same time.
 
-  python launch/check.py --platform=tpu --devices=16 [--coordinator=HOST:PORT --processes=N --process=I]
+  python -m launch.check --platform=tpu --devices=16 [--coordinator=HOST:PORT --processes=N --process=I]
 
 It joins the cluster as mmjax.main does, counts the devices, and sums one number over all of them, so that the links between them have
 been used once. One line is printed by process 0; the exit code is 0 if all is well. Otherwise the message says what to change.
@@ -15,9 +15,16 @@ import shutil
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+from jax.experimental import multihost_utils
+
+from mmjax.errors import UserError
+from mmjax.parallel import cluster
+
 # The oldest NVIDIA drivers (Linux) that the CUDA releases within JAX's two GPU builds run on.
 DRIVERS = {"jax-cuda12-plugin": (525, 60), "jax-cuda13-plugin": (580, 65)}
-EXTRAS = {"tpu": "tpu", "gpu": "cuda12"}
+EXTRAS = {"tpu": "tpu", "gpu": "cuda12", "cpu": "cpu"}
 
 
 def main(arguments: list[str]) -> int:
@@ -28,11 +35,15 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--processes", type=int)
     parser.add_argument("--process", type=int)
     options = parser.parse_args(arguments)
-    wrong = unfit_driver(installed(), driver()) if options.platform == "gpu" else None
-    wrong = wrong or unfit_devices(options)
-    if wrong:
-        print(f"launch/check.py: {wrong}", file=sys.stderr)
-    return int(wrong is not None)
+    try:
+        if options.platform == "gpu":
+            check_driver(installed(), driver())
+        with cluster.joined(cluster.Asked(options.coordinator, options.processes, options.process)):
+            check_devices(options.platform, options.devices)
+    except UserError as error:
+        print(f"launch/check.py: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def installed() -> dict[str, str]:
@@ -55,59 +66,53 @@ def driver() -> str | None:
     return lines[0] if lines else None
 
 
-def unfit_driver(releases: dict[str, str], driver: str | None) -> str | None:
-    """What is wrong with JAX's GPU build on this driver, or None."""
+def check_driver(releases: dict[str, str], driver: str | None) -> None:
+    """Raises UserError where JAX's GPU build does not fit this driver."""
     builds = [name for name in DRIVERS if name in releases]
     if driver is None:
-        return "no NVIDIA driver answers on this machine (nvidia-smi); was a GPU asked for?"
+        raise UserError("no NVIDIA driver answers on this machine (nvidia-smi); was a GPU asked for?")
     if not builds:
-        return f'jax {releases.get("jax")} is installed without GPU support: pip install "jax[cuda12]=={releases.get("jax")}".'
+        raise UserError(f'jax {releases["jax"]} is installed without GPU support: pip install "jax[cuda12]=={releases["jax"]}".')
     if len(builds) > 1:
-        return f"both {' and '.join(builds)} are installed, and JAX takes one of them: pip uninstall the other with what came with it."
+        raise UserError(
+            f"both {' and '.join(builds)} are installed, and JAX takes one of them: pip uninstall the other one and its -pjrt."
+        )
     found = tuple(int(part) for part in re.findall(r"\d+", driver)[:2])
     if found < DRIVERS[builds[0]]:
         least = ".".join(map(str, DRIVERS[builds[0]]))
-        older = ' or install "jax[cuda12]" instead' if builds[0] == "jax-cuda13-plugin" and found >= DRIVERS["jax-cuda12-plugin"] else ""
-        return f"{builds[0]} {releases[builds[0]]} needs an NVIDIA driver of {least} or newer, and this one is {driver}: renew it{older}."
-    return None
+        instead = ', or install "jax[cuda12]" instead' if found >= DRIVERS["jax-cuda12-plugin"] else ""
+        raise UserError(
+            f"{builds[0]} {releases[builds[0]]} needs an NVIDIA driver of {least} or newer, and this one is {driver}: renew it{instead}."
+        )
 
 
-def unfit_devices(options: argparse.Namespace) -> str | None:
-    """Joins, counts and sums; what is wrong, or None."""
-    import jax
-    import jax.numpy as jnp
-    from jax.experimental import multihost_utils
-
-    from mmjax.parallel.mesh import join_cluster
-
+def check_devices(platform: str, expected: int) -> None:
+    """Counts the devices of all processes and sums over them. Raises UserError where something is not as expected."""
     releases = installed()
     listed = ", ".join(f"{name} {release}" for name, release in releases.items())
+    fitting = f'pip install "jax[{EXTRAS[platform]}]=={releases["jax"]}"'
     try:
-        if options.coordinator:
-            jax.distributed.initialize(options.coordinator, options.processes, options.process)
-        else:
-            join_cluster()
         devices = jax.devices()
     except RuntimeError as error:
-        fitting = f'pip install "jax[{EXTRAS[options.platform]}]=={releases["jax"]}"' if options.platform in EXTRAS else "see above"
-        return (
-            f"JAX finds no devices: {error}\n  Installed: {listed}. Either the build of JAX does not fit the machine ({fitting}), another program "
-            "holds the devices (stop it), or a worker did not join (all must start within five minutes)."
+        raise UserError(
+            f"JAX finds no devices: {error}\n  Installed: {listed}. Either the build of JAX does not fit the machine ({fitting}), "
+            "or another program holds the devices (stop it), or another worker of the slice did not start."
+        ) from error
+    if devices[0].platform != platform:
+        raise UserError(f"JAX runs on {devices[0].platform}, not on {platform} ({listed}): {fitting}.")
+    if len(devices) != expected:
+        raise UserError(
+            f"{expected} devices are expected, and {jax.process_count()} processes see {len(devices)} ({devices[0].device_kind}): "
+            "a worker is not part of the run, or the slice, topology or number of GPUs asked for is another one."
         )
-    if devices[0].platform != options.platform:
-        extra = EXTRAS.get(options.platform, "cpu")
-        return f"JAX runs on {devices[0].platform}, not on {options.platform} ({listed}): pip install \"jax[{extra}]=={releases['jax']}\"."
-    if len(devices) != options.devices:
-        return (
-            f"{options.devices} devices are expected, and {jax.process_count()} processes see {len(devices)} ({devices[0].device_kind}): a worker is "
-            "not part of the run, or the slice, topology or number of GPUs asked for is another one."
+    counted = int(multihost_utils.process_allgather(jnp.ones(jax.local_device_count()).sum()).sum())
+    if counted != expected:
+        raise UserError(
+            f"the sum over all devices is {counted}, not {expected}: the links between the machines do not work "
+            "(NCCL_DEBUG=INFO tells more)."
         )
-    counts = multihost_utils.process_allgather(jnp.ones(jax.local_device_count()).sum())
-    if int(counts.sum()) != options.devices:
-        return f"the sum over all devices is {counts.sum()}, not {options.devices}: the links between the machines do not work (NCCL_DEBUG=INFO tells more)."
     if jax.process_index() == 0:
         print(f"{len(devices)} x {devices[0].device_kind} in {jax.process_count()} processes; {listed}")
-    return None
 
 
 if __name__ == "__main__":

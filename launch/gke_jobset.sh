@@ -57,7 +57,8 @@ for argument in "${arguments[@]}"; do
   argument=${argument//\\/\\\\}
   list+="${list:+, }\"${argument//\"/\\\"}\""
 done
-[[ $list == *--workdir=/bucket/* || $list == *'"--job=plan"'* ]] || fail "say --workdir=gs://${value[BUCKET]}/DIR: what a container writes elsewhere is lost"
+[[ $list == *--workdir=/bucket/* || $list == *'"--job=plan"'* ]] ||
+  fail "say --workdir=gs://${value[BUCKET]}/DIR: what a container writes elsewhere is lost"
 text=$(<"$template")
 for key in "${!value[@]}"; do text=${text//"\${$key}"/"${value[$key]}"}; done
 text=${text//"\${ARGUMENTS}"/"[$list]"}
@@ -68,9 +69,13 @@ if [[ -n $dry ]]; then
   exit 0
 fi
 command -v kubectl >/dev/null || fail "kubectl is not installed: gcloud components install kubectl gke-gcloud-auth-plugin"
-kubectl get crd jobsets.jobset.x-k8s.io >/dev/null || fail "the cluster does not answer, or JobSet is not installed in it (jobset.sigs.k8s.io/docs/installation)"
-pools=$(kubectl get nodes -o jsonpath='{range .items[*]}{.metadata.labels.cloud\.google\.com/gke-nodepool}{"\n"}{end}' \
-  -l "cloud.google.com/gke-tpu-accelerator=${value[ACCELERATOR]},cloud.google.com/gke-tpu-topology=${value[TOPOLOGY]}" | sort -u | grep -c .) || true
-((pools >= value[SLICES])) || echo "launch/gke_jobset.sh: ${pools:-0} of ${value[SLICES]} node pools of ${value[ACCELERATOR]} ${value[TOPOLOGY]} have nodes; the JobSet waits for the others (an autoscaled pool makes them)" >&2
-kubectl apply --dry-run=server -f - >/dev/null <<<"$text" || fail "the cluster does not take this JobSet (above); one that ran before goes with: kubectl delete jobset ${value[NAME]}"
+kubectl get crd jobsets.jobset.x-k8s.io >/dev/null ||
+  fail "the cluster does not answer, or JobSet is not installed in it (jobset.sigs.k8s.io/docs/installation)"
+fitting="cloud.google.com/gke-tpu-accelerator=${value[ACCELERATOR]},cloud.google.com/gke-tpu-topology=${value[TOPOLOGY]}"
+pools=$(kubectl get nodes -l "$fitting" -o jsonpath='{range .items[*]}{.metadata.labels.cloud\.google\.com/gke-nodepool}{"\n"}{end}' |
+  sort -u | grep -c .) || true
+((pools >= value[SLICES])) || echo "launch/gke_jobset.sh: ${pools:-0} of ${value[SLICES]} node pools of ${value[ACCELERATOR]} ${value[TOPOLOGY]}" \
+  "have nodes; the JobSet waits for the others (an autoscaled pool makes them)" >&2
+kubectl apply --dry-run=server -f - >/dev/null <<<"$text" ||
+  fail "the cluster does not take this JobSet (above); one that ran before goes with: kubectl delete jobset ${value[NAME]}"
 kubectl apply -f - <<<"$text"

@@ -74,8 +74,8 @@ if [[ $action == create ]]; then
   esac
   node=(--node-id="$tpu")
   ((slices == 1)) || node=(--node-count="$slices" --node-prefix="$tpu")
-  run gcloud compute tpus queued-resources create "$tpu" "${place[@]}" "${node[@]}" --accelerator-type="$type" --runtime-version="$runtime" \
-    --scopes=cloud-platform "${options[@]}"
+  run gcloud compute tpus queued-resources create "$tpu" "${place[@]}" "${node[@]}" --accelerator-type="$type" \
+    --runtime-version="$runtime" --scopes=cloud-platform "${options[@]}"
   note "it is there when its state is ACTIVE: gcloud compute tpus queued-resources describe $tpu ${place[*]}"
   exit 0
 fi
@@ -105,8 +105,10 @@ on_all() { # WHAT COMMAND: COMMAND in the checkout of every worker of every slic
   note "$1"
   for slice in "${!nodes[@]}"; do
     local several=
-    ((${#nodes[@]} == 1)) || several="export MEGASCALE_COORDINATOR_ADDRESS=$first MEGASCALE_NUM_SLICES=${#nodes[@]} MEGASCALE_SLICE_ID=$slice; "
-    local ssh=(gcloud compute tpus tpu-vm ssh "${nodes[slice]}" "${place[@]}" --worker=all --output-directory="$scratch/$slice" --command="$several$2")
+    ((${#nodes[@]} == 1)) ||
+      several="export MEGASCALE_COORDINATOR_ADDRESS=$first MEGASCALE_NUM_SLICES=${#nodes[@]} MEGASCALE_SLICE_ID=$slice; "
+    local ssh=(gcloud compute tpus tpu-vm ssh "${nodes[slice]}" "${place[@]}" --worker=all --output-directory="$scratch/$slice"
+      --command="$several$2")
     if [[ -n $dry ]]; then run "${ssh[@]}"; continue; fi
     rm -rf "${scratch:?}/$slice" && mkdir "$scratch/$slice"
     "${ssh[@]}" >"$scratch/$slice/gcloud" 2>&1 </dev/null &
@@ -145,11 +147,14 @@ case $action in
 esac
 
 # ---- run
-on_all "asking all workers" "if kill -0 \$(cat mmjax-run/pid) 2>/dev/null; then echo 'a run is going on: see launch/tpu_pod.sh logs, or stop'; else mkdir -p mmjax && echo 'mmjax: done'; fi"
+on_all "asking all workers" "if kill -0 \$(cat mmjax-run/pid) 2>/dev/null; then echo 'a run is going on: see launch/tpu_pod.sh logs, or stop'
+else mkdir -p mmjax && echo 'mmjax: done'; fi"
 note "copying the checkout"
-(cd "$root" && run bash -c 'git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -czf "$0"' "$scratch/mmjax.tar.gz")
+packing="git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -czf"
+(cd "$root" && run bash -c "$packing $scratch/mmjax.tar.gz")
 for node in "${nodes[@]}"; do run gcloud compute tpus tpu-vm scp "$scratch/mmjax.tar.gz" "$node:" "${place[@]}" --worker=all; done
-on_all "installing" "find mmjax -mindepth 1 -maxdepth 1 ! -name .venv ! -name workdirs -exec rm -rf {} + && tar -xzf mmjax.tar.gz -C mmjax && $(on_worker setup)"
+emptied="find mmjax -mindepth 1 -maxdepth 1 ! -name .venv ! -name workdirs -exec rm -rf {} +"
+on_all "installing" "$emptied && tar -xzf mmjax.tar.gz -C mmjax && $(on_worker setup)"
 if [[ $workdir == gs://* ]]; then
   path=${workdir#gs://}
   on_all "mounting the bucket" "$(on_worker "mount ${path%%/*}")"

@@ -8,7 +8,7 @@
 #   launch/tpu_worker.sh stop                  SIGTERM: mmjax saves and ends; waits for that
 # "mmjax: done" ends what succeeded.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/.." # the checkout
 
 state=$HOME/mmjax-run
 patience=180 # seconds that a run gets to save
@@ -42,7 +42,8 @@ mount_bucket() { # BUCKET
   mkdir -p "$at"
   # No cache of what exists: each worker must see at once what another has written. Orbax puts a checkpoint in its place by renaming it.
   mountpoint -q "$at" || gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 \
-    --metadata-cache-negative-ttl-secs=0 "$1" "$at" >/dev/null || fail "gs://$1 cannot be mounted: is the name right, and may the slice's service account read it?"
+    --metadata-cache-negative-ttl-secs=0 "$1" "$at" >/dev/null ||
+    fail "gs://$1 cannot be mounted: is the name right, and may the slice's service account read it?"
   trial=$at/.mmjax-$(hostname)
   { echo trial >"$trial" && rm "$trial"; } 2>/dev/null ||
     fail "gs://$1 is not writable: give the slice's service account roles/storage.objectUser on it, and the slice the scope cloud-platform"
@@ -53,9 +54,15 @@ start() { # ARGUMENTS ...
   mkdir -p "$state"
   rm -f "$state/exit" "$state/pid"
   echo "==== $(date -u +%FT%TZ) python -m mmjax.main $*" >>"$state/log"
-  # shellcheck disable=SC2016 # expanded by the inner shell
-  setsid nohup bash -c 'state=$0; .venv/bin/python -u -m mmjax.main "$@" & echo $! >"$state/pid"; code=0; wait $! || code=$?; echo $code >"$state/exit"' \
-    "$state" "$@" >>"$state/log" 2>&1 </dev/null &
+  setsid nohup bash launch/tpu_worker.sh run "$@" >>"$state/log" 2>&1 </dev/null &
+}
+
+run() { # ARGUMENTS ...: what `start` leaves running
+  local code=0
+  .venv/bin/python -u -m mmjax.main "$@" &
+  echo $! >"$state/pid"
+  wait $! || code=$?
+  echo "$code" >"$state/exit"
 }
 
 follow() {
@@ -83,6 +90,7 @@ case ${1:-} in
   mount) mount_bucket "$2" ;;
   check) timeout 600 .venv/bin/python -m launch.check --platform=tpu --devices="$2" || fail "the slice is not as expected" ;;
   start) shift; start "$@" ;;
+  run) shift; run "$@"; exit ;;
   follow) follow ;;
   stop) stop ;;
   *) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"; exit 0 ;;
