@@ -95,15 +95,20 @@ def joined(asked: Asked) -> Iterator[None]:
         yield
         return
     _initialize(asked)
-    threading.Thread(target=_listen, name="cluster", daemon=True).start()
-    try:
-        yield
+    listener = threading.Thread(target=_listen, name="cluster", daemon=True)
+    listener.start()
+
+    def end() -> None:
         wait("end")
         jax.distributed.shutdown()
+        listener.join(_GRACE)  # it has been freed; coming back from jax while Python ends, it would abort the process
+
+    try:
+        yield
+        end()
     except SystemExit:  # agreed on, see mmjax.training.termination
         try:
-            wait("end")
-            jax.distributed.shutdown()
+            end()
         except Exception as error:
             _stop(error)
         raise
