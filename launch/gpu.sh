@@ -91,7 +91,8 @@ stopping=
 trap 'stopping=yes; kill -TERM "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((i = 0; i < processes; i++)); do
   words_of "$i"
-  "${words[@]}" >"$logs/$i.log" 2>&1 </dev/null &
+  : >"$logs/$i.log"
+  "${words[@]}" >>"$logs/$i.log" 2>&1 </dev/null &
   pids+=($!)
 done
 echo "launch/gpu.sh: $processes processes; the first one's log follows, the others' are in $logs" >&2

@@ -147,8 +147,8 @@ case $action in
 esac
 
 # ---- run
-on_all "asking all workers" "if kill -0 \$(cat mmjax-run/pid) 2>/dev/null; then echo 'a run is going on: see launch/tpu_pod.sh logs, or stop'
-else mkdir -p mmjax && echo 'mmjax: done'; fi"
+busy="kill -0 \$(cat mmjax-run/pid) 2>/dev/null; then echo 'a run is going on: see launch/tpu_pod.sh logs, or stop'"
+on_all "asking all workers" "if $busy; else mkdir -p mmjax && echo 'mmjax: done'; fi"
 note "copying the checkout"
 packing="git ls-files -z --cached --others --exclude-standard | tar --null --ignore-failed-read -T - -czf"
 (cd "$root" && run bash -c "$packing $scratch/mmjax.tar.gz")
