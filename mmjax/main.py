@@ -82,6 +82,8 @@ def _flags(arguments: list[str]) -> tuple[flags.FlagValues, list[str]]:
 
 def _command(values: flags.FlagValues, rest: list[str]) -> tuple[Recipe, str, Path]:
     """See `read_command`."""
+    if values.workdir is not None and "://" in values.workdir:
+        raise UserError(f"--workdir={values.workdir} is no folder: mount it, and name the folder (launch/README.md, Buckets).")
     if values.config is not None:
         config = _load(values.config)
     elif values.workdir is not None and values.job != "train":

@@ -61,6 +61,7 @@ def test_overrides_reach_the_recipe():
         ([QUICK, "plan"], "'plan' is neither a flag nor the value of one"),
         (["--config=configs/llava15.py"], "--config.stages.pretrain.sources.captions.path=PATH"),
         (["--job=chat", "--workdir=/nowhere"], "/nowhere/recipe.json does not exist"),
+        ([QUICK, "--workdir=gs://bucket/run"], "is no folder: mount it"),
     ],
 )
 def test_what_is_refused(arguments, said):
