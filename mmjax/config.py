@@ -444,6 +444,8 @@ class Stage:
     router_loss   weight of the load-balancing loss of a mixture of experts (0.02 in Mixtral's own training)
     noise_distillation   weight of RobustGER's audio noise distillation (mmjax.training.distillation), of sources that have audio features
     cache_features   run the frozen encoder once over every picture and keep its features on disk
+    attention     the backend (see mmjax.models.attention): "auto" is the fused kernel "splash" on TPUs where that can do what the mask
+                  asks, which the log says, else "xla"; one asked for by name that cannot is an error
     """
 
     objective: Literal["language", "classify", "contrastive"] = "language"
@@ -471,7 +473,7 @@ class Stage:
     dtype: DType = "float32"  # of activations
     param_dtype: DType = "float32"  # of trained weights
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"
     unroll: int = 1
 
 
@@ -515,8 +517,14 @@ class Evaluation:
 
 @dataclasses.dataclass
 class Mesh:
-    """Sizes of the mesh axes; one may be -1 (whatever is left of the devices).
+    """Sizes of the mesh axes; one may be -1 (whatever is left of the devices). `--config.mesh=` takes all of them at once: a name such as
+    auto or v5e:16x16 (mmjax.parallel.presets), or sizes such as fsdp=64,tensor=4.
 
+    data          rows of a batch; 0 = one part for each slice of TPUs (1 elsewhere)
+    fsdp          rows of a batch, and weights, which are gathered layer by layer
+    tensor        heads, hidden channels of MLPs, the vocabulary
+    sequence      positions of a text
+    expert        of a mixture of experts
     cpu_devices   on a machine without accelerators, into how many devices its processor is divided: small operations do not
                   fill several cores, several devices do
     """

@@ -333,5 +333,5 @@ def _mesh(recipe: Recipe) -> Iterator[str]:
     if list(sizes.values()).count(-1) > 1:
         yield "mesh: only one axis may be -1 (whatever is left of the devices)."
     for axis, size in sizes.items():
-        if size < 1 and size != -1:
+        if size < 1 and size != -1 and (axis, size) != ("data", 0):
             yield f"mesh.{axis} is {size}; it must be at least 1, or -1 for whatever is left of the devices."

@@ -6,6 +6,7 @@
   --workdir  where checkpoints, figures and pictures go; workdirs/NAME unless given. Jobs other than train and plan may
              leave --config out: the recipe the workdir was trained with is used.
   --config.a.b=v   overrides one field of the recipe
+  --config.mesh=M  the mesh of devices: auto, the name of a TPU slice such as v5e:16x16, or sizes such as fsdp=64,tensor=4
   --coordinator=HOST:PORT --processes=N --process=I
              this is process I (from 0) of N, and process 0 listens at HOST:PORT. Not needed where SLURM, Open MPI, Kubernetes or a
              TPU pod says it; --processes=1 keeps a process alone there
@@ -33,6 +34,7 @@ from mmjax.config import Recipe, from_config_dict, read_recipe, to_config_dict
 from mmjax.config_parsing import dotted_keys, nearest, unknown_keys
 from mmjax.errors import UserError
 from mmjax.parallel import cluster
+from mmjax.parallel.presets import mesh_sizes
 
 JOBS = ("train", "evaluate", "generate", "chat", "export", "plan")
 ALONE = ("chat", "plan")  # jobs of one process
@@ -111,8 +113,15 @@ def _load(argument: str) -> ConfigDict:
     return values.config
 
 
+def _mesh(argument: str) -> list[str]:
+    """--config.mesh=... as a setting of each axis; any other argument as it is."""
+    found = re.fullmatch(r"--?config\.mesh=(.*)", argument)
+    return [f"--config.mesh.{axis}={size}" for axis, size in mesh_sizes(found[1]).items()] if found else [argument]
+
+
 def _override(config: ConfigDict, arguments: list[str]) -> ConfigDict:
     """`config` with every --config.KEY=VALUE of the command line."""
+    arguments = [spelled for argument in arguments for spelled in _mesh(argument)]
     named = [found[1] for argument in arguments if (found := re.match(r"--?(?:no)?config\.([^=]+)", argument))]
     before = config.to_dict()
     unknown = unknown_keys(Recipe, before, named)

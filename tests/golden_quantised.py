@@ -17,6 +17,7 @@ from mmjax.errors import UserError
 from mmjax.families import keys, llama
 from mmjax.models import awq, calibration, multimodal, number_formats
 from mmjax.models.block import Block
+from mmjax.models.config import Execution
 from mmjax.models.kernels import matmul
 from mmjax.models.layers import apply
 
@@ -116,7 +117,7 @@ def awq_block(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str])
     for path, leaf in tree.flatten(layer).items():
         found[f"folded__{names[path]}"] = leaf.T if path.endswith("/kernel") else leaf
     found["block_output"] = searched.output
-    found["block_output_after_folding"] = apply(Block(block, backend="reference"), folded, x, around)
+    found["block_output_after_folding"] = apply(Block(block, run=Execution(attention="reference")), folded, x, around)
     return {name: found[name] for name in wanted if name in found}
 
 

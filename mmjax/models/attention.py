@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmjax.models import splash
+
+log = logging.getLogger(__name__)
 
 
 @functools.partial(
@@ -88,6 +94,7 @@ def attention(
     softcap: float = 0.0,
     scale: float | None = None,
     backend: str = "auto",
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Scaled dot-product attention with grouped keys (arXiv 1706.03762, 2305.13245).
 
@@ -95,10 +102,20 @@ def attention(
     Returns [rows, T, heads, dim]; rows of queries that see nothing are 0, with finite gradients.
 
     backend: "reference" computes in float32 throughout; "xla" keeps the products in the inputs' dtype and the softmax in float32;
-    "cudnn" is NVIDIA's fused kernel (float16/bfloat16, no softcap); "auto" is "xla".
+    "cudnn" is NVIDIA's fused kernel (float16/bfloat16, no softcap); "splash" is the fused kernel for TPUs (see mmjax.models.splash);
+    "auto" is "splash" on TPUs where that can do what is asked, which is logged once for each pair of lengths, else "xla".
+    mesh: of the arrays' devices; None = there is one device.
     Raises ValueError for what a backend cannot do.
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "auto":
+        backend = _choice(query, key, mask, bias, mesh)
+    elif backend == "splash":
+        refused = splash.refusal(query, key, mask, bias)
+        if refused or not _on_tpu(mesh):
+            raise ValueError(f"the splash attention backend {_cannot(refused)}; choose attention='auto' or 'xla'")
+    if backend == "splash":
+        return splash.attention(query, key, value, mask, softcap=softcap, scale=scale, mesh=mesh)
     allowed = mask.allowed(query.shape[1], key.shape[1] - mask.free_keys)
     if backend == "cudnn":
         return _cudnn(query, key, value, allowed, bias, softcap, scale)
@@ -106,9 +123,37 @@ def attention(
         q, k, v = (a.astype(jnp.float32) for a in (query, key, value))
         with jax.default_matmul_precision("highest"):
             return _einsum(q, k, v, allowed, bias, softcap, scale).astype(query.dtype)
-    if backend not in ("auto", "xla"):
-        raise ValueError(f"unknown attention backend {backend!r}; known: auto, reference, xla, cudnn")
+    if backend != "xla":
+        raise ValueError(f"unknown attention backend {backend!r}; known: auto, reference, xla, cudnn, splash")
     return _einsum(query, key, value, allowed, bias, softcap, scale)
+
+
+def _choice(query: jax.Array, key: jax.Array, mask: Mask, bias: jax.Array | None, mesh: Mesh | None) -> str:
+    """What "auto" is here, by the devices that the arrays will live on, which need not be those of this process."""
+    if not _on_tpu(mesh):
+        return "xla"
+    refused = splash.refusal(query, key, mask, bias)
+    if refused is None and min(query.shape[1], key.shape[1]) < splash.LANES:
+        refused = f"fewer than {splash.LANES} queries or keys without computing more of padding"
+    if refused is None and mesh is None and jax.device_count() > 1:
+        refused = "arrays on several devices whose mesh it is not told"
+    _tell(query.shape[1], key.shape[1], refused)
+    return "xla" if refused else "splash"
+
+
+def _on_tpu(mesh: Mesh | None) -> bool:
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    return device.platform == "tpu"
+
+
+def _cannot(refused: str | None) -> str:
+    return f"cannot do {refused}" if refused else "is for TPUs alone"
+
+
+@functools.cache
+def _tell(queries: int, keys: int, refused: str | None) -> None:
+    why = f"xla, since splash {_cannot(refused)}" if refused else "splash"
+    log.info("attention of %d queries to %d keys: %s", queries, keys, why)
 
 
 def _einsum(query, key, value, allowed, bias, softcap, scale):

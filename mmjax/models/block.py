@@ -8,10 +8,10 @@ from typing import Any, Callable, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from mmjax.models.attention import Mask, attention
 from mmjax.models.block_config import BlockConfig
+from mmjax.models.config import Execution
 from mmjax.models.experts import MixtureOfExperts
 from mmjax.models.kernels import dropped
 from mmjax.models.layers import MLP, Linear, Norm, apply
@@ -78,7 +78,7 @@ class Attention(nn.Module):
     config: BlockConfig
     adapters: Adapters = ()
     deterministic: bool = True
-    backend: str = "auto"
+    run: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
@@ -126,11 +126,9 @@ class Attention(nn.Module):
                 mask = dataclasses.replace(mask, free_keys=mask.free_keys + more[0].shape[1])
                 bias = _with_bias(bias, extra, len(key), key.shape[1])
             else:
-                own = _read_apart(query, extra, c, self.backend)
+                own = _read_apart(query, extra, c, self.run)
                 gated.append(own * extra.gate[..., None].astype(own.dtype))
-        y = attention(
-            query, key, value, mask, bias=bias, softcap=c.softcap, scale=c.scale or None, backend=self.backend
-        )
+        y = attention(query, key, value, mask, bias=bias, softcap=c.softcap, **_settings(c, self.run))
         for change in gated:
             y = y + change
         return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
@@ -147,7 +145,7 @@ def _with_bias(bias: jax.Array | None, extra: Extra, rows: int, keys: int) -> ja
     return jnp.concatenate([jnp.broadcast_to(a, (rows, *a.shape[1:])) for a in (extra.bias, bias)], -1)
 
 
-def _read_apart(query: jax.Array, extra: Extra, config: BlockConfig, backend: str) -> jax.Array:
+def _read_apart(query: jax.Array, extra: Extra, config: BlockConfig, run: Execution) -> jax.Array:
     """What the queries [rows, T, heads, dim] read of extra keys and values in a softmax of their own."""
     rows = query.shape[0]
     keys, values = (jnp.broadcast_to(a, (rows, *a.shape[1:])).astype(query.dtype) for a in (extra.keys, extra.values))
@@ -155,7 +153,11 @@ def _read_apart(query: jax.Array, extra: Extra, config: BlockConfig, backend: st
         values = jnp.repeat(values, query.shape[2] // values.shape[2], 2)
         return jnp.broadcast_to(values, query.shape)
     mask = Mask(causal=False) if extra.mask is None else extra.mask
-    return attention(query, keys, values, mask, softcap=config.softcap, scale=config.scale or None, backend=backend)
+    return attention(query, keys, values, mask, softcap=config.softcap, **_settings(config, run))
+
+
+def _settings(config: BlockConfig, run: Execution) -> dict[str, Any]:
+    return {"scale": config.scale or None, "backend": run.attention, "mesh": run.mesh}
 
 
 class CrossAttention(nn.Module):
@@ -165,7 +167,7 @@ class CrossAttention(nn.Module):
     config: BlockConfig
     adapters: Adapters = ()
     deterministic: bool = True
-    backend: str = "auto"
+    run: Execution = Execution()
 
     @nn.compact
     def __call__(self, x: jax.Array, memory: tuple[jax.Array, jax.Array, Mask]) -> jax.Array:
@@ -183,7 +185,7 @@ class CrossAttention(nn.Module):
         query = query.reshape(*query.shape[:-1], c.heads, c.head_dim)
         if c.qk_norm:
             query = _qk_norm(c, "query_norm")(query)
-        y = attention(query, key, value, mask, scale=c.scale or None, backend=self.backend)
+        y = attention(query, key, value, mask, **_settings(c, self.run))
         return linear("output", x.shape[-1], c.output_bias)(y.reshape(*y.shape[:-2], c.heads * c.head_dim))
 
 
@@ -215,17 +217,14 @@ def _qk_norm(config: BlockConfig, name: str | None = None) -> Norm:
 class Block(nn.Module):
     """Attention and MLP with norms and residuals (see BlockConfig): x [rows, T, width] -> the same.
 
-    `dropout` acts on what each of them adds to the residual. `mesh` is needed where experts are divided over one, `dtype` (of what
-    attention and MLP compute in) where the residual is wide.
+    `dropout` acts on what each of them adds to the residual. Where the residual is wide, attention and MLP compute in `run.dtype`.
     """
 
     config: BlockConfig
     adapters: Adapters = ()
     deterministic: bool = True
-    backend: str = "auto"
+    run: Execution = Execution()
     dropout: float = 0.0
-    mesh: Mesh | None = None
-    dtype: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array, around: Surroundings) -> jax.Array:
@@ -241,7 +240,7 @@ class Block(nn.Module):
 
         def before(name: str, x: jax.Array) -> jax.Array:
             y = x if c.norm_place == "after" else norm(f"{name}_norm")(x)
-            return y.astype(self.dtype) if c.wide_residual and self.dtype else y
+            return y.astype(self.run.dtype) if c.wide_residual else y
 
         def read(name: str, x: jax.Array) -> jax.Array:
             """What a sublayer reads of what stands behind its norm."""
@@ -271,7 +270,7 @@ class Block(nn.Module):
             if c.experts is None:
                 shape = (c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias)
                 return MLP(*shape, wide=c.wide_residual, name="mlp", **settings)(x)
-            y, logits = MixtureOfExperts(c.experts, c.mlp_width, c.activation, self.mesh, name="mlp")(x)
+            y, logits = MixtureOfExperts(c.experts, c.mlp_width, c.activation, self.run.mesh, name="mlp")(x)
             if around.route is not None:
                 around.route(logits)
             return y
@@ -279,14 +278,14 @@ class Block(nn.Module):
         for port in around.ports.before:
             x = port(x)
         h = before("attention", x)
-        y = Attention(c, backend=self.backend, name="attention", **settings)(read("attention", h), around)
+        y = Attention(c, run=self.run, name="attention", **settings)(read("attention", h), around)
         y = change("attention", x, y)
         if c.parallel_norms:
             return x + y + change("mlp", x, mlp(read("mlp", h if c.parallel_norms == 1 else before("mlp", x))))
         x = after("attention", x + y)
         if c.memory_width:
             assert around.memory is not None
-            crossed = CrossAttention(c, backend=self.backend, name="cross_attention", **settings)
+            crossed = CrossAttention(c, run=self.run, name="cross_attention", **settings)
             y = crossed(before("cross_attention", x), around.memory)
             x = after("cross_attention", x + change("cross_attention", x, y))
         return after("mlp", x + change("mlp", x, mlp(read("mlp", before("mlp", x)))))

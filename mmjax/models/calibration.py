@@ -135,10 +135,10 @@ def search(
         return run(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        output = apply(Block(block, backend="reference"), layer, x, around)
+        output = apply(Block(block, run=Execution(attention="reference")), layer, x, around)
 
     sublayers: dict[str, Callable[[Params], jax.Array]] = {
-        "attention": lambda leaves: apply(Attention(block, backend="reference"), leaves, inputs["attention"], around),
+        "attention": lambda leaves: apply(Attention(block, run=Execution(attention="reference")), leaves, inputs["attention"], around),
         "mlp": lambda leaves: apply(_mlp(block), leaves, inputs["mlp"]),
     }
     found = {}

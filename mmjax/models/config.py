@@ -201,6 +201,6 @@ class Execution:
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
-    attention: Literal["auto", "reference", "xla", "cudnn"] = "auto"
+    attention: Literal["auto", "reference", "xla", "cudnn", "splash"] = "auto"
     unroll: int = 1  # layers of the scan unrolled into one loop body
-    mesh: Mesh | None = None  # where the parameters live; needed by what is divided by hand (experts)
+    mesh: Mesh | None = None  # where the parameters live; needed by what is divided by hand

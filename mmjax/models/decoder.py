@@ -181,7 +181,7 @@ def decode(
             mask = dataclasses.replace(mask, key_spans=jax.lax.dynamic_update_slice(blank, mask.query_spans.astype(jnp.int32), (0, slot)))
         cache = cache._replace(segments=held, next=slot + x.shape[1])
     bias = position_bias(params, config, x.shape[1], slot, x.shape[1] if cache is None else cache.segments.shape[1])
-    block = Block(config.block, adapters, dropout_key is None, run.attention, dropout, run.mesh, run.dtype)
+    block = Block(config.block, adapters, dropout_key is None, run, dropout)
     x = into_blocks(params, config, x, positions, token_types, is_media)
     if config.block.wide_residual:
         x = x.astype(jnp.float32)

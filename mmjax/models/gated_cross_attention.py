@@ -131,7 +131,7 @@ def read(
     run: Execution = Execution(),
 ) -> jax.Array:
     """What x [rows, T, width] reads before the gate; 0 where it may see no medium."""
-    crossed = CrossAttention(config.block, adapters, backend=run.attention)
+    crossed = CrossAttention(config.block, adapters, run=run)
     return apply(
         crossed, params["cross_attention"], apply(_norm(config.block), params["cross_attention_norm"], x), memory
     )

@@ -149,10 +149,10 @@ def _layer(
     if not _attends_to_itself(config):
         memory = jnp.concatenate([memory, query], 1)
     keys, values = memory_keys_values(params, block, memory, adapters)
-    crossed = CrossAttention(block, adapters, backend=run.attention)
+    crossed = CrossAttention(block, adapters, run=run)
     latents = latents + apply(crossed, params["cross_attention"], query, (keys, values, mask))
     if _attends_to_itself(config):
-        whole = Block(_without_memory(block), adapters, backend=run.attention)
+        whole = Block(_without_memory(block), adapters, run=run)
         return apply(whole, params, latents, Surroundings(Mask(causal=False)))
     return latents + apply(_mlp(block, adapters), params["mlp"], apply(NORM, params["mlp_norm"], latents))
 

@@ -205,14 +205,14 @@ def _run(
                 return key, value
             return tuple(jnp.concatenate([old, new], 1) for old, new in zip(held, stored, strict=True))
 
-        attended = Attention(block, adapters, backend=run.attention)
+        attended = Attention(block, adapters, run=run)
         x = sublayer(layer, "attention", x, apply(attended, layer["attention"], x, Surroundings(mask, store=store)))
         first, rest = x[:, :queries], x[:, queries:]
         parts = []
         if queries:
             if crossing is not None and features is not None:
                 memory = (*memory_keys_values(crossing, block, features, adapters), Mask(causal=False))
-                crossed = CrossAttention(block, adapters, backend=run.attention)
+                crossed = CrossAttention(block, adapters, run=run)
                 change = apply(crossed, crossing["cross_attention"], first, memory)
                 first = sublayer(crossing, "cross_attention", first, change)
             parts.append(sublayer(layer, "mlp", first, apply(_mlp(block, adapters), layer["mlp"], first)))

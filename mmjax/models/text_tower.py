@@ -42,7 +42,7 @@ def encode(
     `embedding` [n, projection], if the tower has a projection. `segments` [n, length] is 0 at padding that may not be seen."""
     x = params["embed"]["embedding"][tokens] + params["positions"][: tokens.shape[1]]
     x = x.astype(run.dtype)
-    block = Block(config.block, backend=run.attention)
+    block = Block(config.block, run=run)
     # Padding is not seen, but sees: SigLIP pools the last position, whatever stands there.
     everyone = None if segments is None else jnp.ones_like(segments)
     mask = Mask(causal=config.causal, query_segments=everyone, key_segments=segments)

@@ -50,7 +50,7 @@ def connect(
     x = apply(Linear(config.inner_width, True, adapters), params["project_in"], features)
     x = apply(_norm(config), params["input_norm"], x)
     queries = jnp.broadcast_to(params["queries"].astype(x.dtype), (x.shape[0], config.latents, x.shape[-1]))
-    block = Block(block_config(config), adapters, backend=run.attention)
+    block = Block(block_config(config), adapters, run=run)
     around = Surroundings(Mask(causal=False))
 
     def body(x, layer, j, index, extra):

@@ -216,7 +216,7 @@ def run_blocks(
 ) -> tuple[jax.Array, jax.Array | None]:
     """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked. Of what is plugged in
     alone anything is dropped."""
-    block = Block(config.block, adapters, backend=run.attention)
+    block = Block(config.block, adapters, run=run)
     around = Surroundings(_mask(pictures, x.shape[1]), _rotation(config, pictures))
 
     def body(x, layer, j, index, extra):

@@ -7,19 +7,24 @@ import os
 from typing import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType
 
 from mmjax import config
 from mmjax.errors import UserError
+from mmjax.parallel.presets import AXES
 
-AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 DATA_AXES = ("data", "fsdp")  # what rows are divided over
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh with the axes of AXES. Raises UserError where the sizes do not fit the number of devices."""
+    """A mesh with the axes of AXES, on TPUs in the order of their links; several slices, joined by a slower network, are parts of `data`.
+    `devices` may be those of a topology that is only described. Raises UserError where the sizes do not fit the number of devices."""
     devices = jax.devices() if devices is None else list(devices)
+    slices = len({_slice(device) for device in devices})
     shape = {axis: getattr(sizes, axis) for axis in AXES}
+    shape["data"] = shape["data"] or slices
     given = 1
     for size in shape.values():
         given *= size if size != -1 else 1
@@ -30,7 +35,22 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
         raise UserError(f"mesh: {shape} does not fit {len(devices)} devices.")
     for axis in rest:
         shape[axis] = len(devices) // given
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if shape["data"] % slices:
+        raise UserError(f"mesh: the devices are in {slices} slices, which do not divide data={shape['data']}.")
+    return jax.sharding.Mesh(arranged(tuple(shape.values()), devices, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int = 1) -> np.ndarray:
+    """The devices as an array of this shape, whose first axis is divided over the slices."""
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *(1 for _ in shape[1:]))
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+
+
+def _slice(device: jax.Device) -> int:
+    """The number of a TPU's slice. GPUs have one for each machine, which says nothing about how to divide what."""
+    return getattr(device, "slice_index", 0) if device.platform == "tpu" else 0
 
 
 def data_shards(mesh: jax.sharding.Mesh) -> int:
