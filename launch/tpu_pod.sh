@@ -8,7 +8,7 @@
 #   --tpu=NAME[,NAME...]  the slices. `create --slices=2 --tpu=pod` makes pod-0 and pod-1: run with --tpu=pod-0,pod-1
 #   --zone, --project     as for gcloud; its own configuration is used where they are left out
 #   --dry-run             prints the commands and does nothing
-#   anything else         is handed to python -m mmjax.main
+#   anything else         is handed to python -m mmjax.main; gs://BUCKET/... of the workdir's bucket becomes the folder it is mounted as
 #
 # `run` copies this checkout (what git tracks or would track, as it is now), installs what is missing, mounts the bucket of the workdir, and
 # starts only when all workers answer and see all chips. The run does not need the connection: Ctrl-C here stops it, a lost connection does
@@ -45,8 +45,9 @@ for argument; do
     --slices=*) slices=${argument#*=} ;;
     --spot | --reserved) options+=("$argument") ;;
     --dry-run) dry=yes ;;
-    --workdir=*) workdir=${argument#*=} ;;
-    *) arguments+=("$argument") ;;
+    *)
+      [[ $argument != --workdir=* ]] || workdir=${argument#*=}
+      arguments+=("$argument") ;;
   esac
 done
 case $action in
@@ -156,17 +157,17 @@ for node in "${nodes[@]}"; do run gcloud compute tpus tpu-vm scp "$scratch/mmjax
 emptied="find mmjax -mindepth 1 -maxdepth 1 ! -name .venv ! -name workdirs -exec rm -rf {} +"
 on_all "installing" "$emptied && tar -xzf mmjax.tar.gz -C mmjax && $(on_worker setup)"
 if [[ $workdir == gs://* ]]; then
-  path=${workdir#gs://}
-  on_all "mounting the bucket" "$(on_worker "mount ${path%%/*}")"
-  printf -v workdir ' --workdir="%s"/mmjax-buckets/%q' "\$HOME" "$path" # the worker's home
+  bucket=${workdir#gs://}
+  bucket=${bucket%%/*}
+  on_all "mounting the bucket" "$(on_worker "mount $bucket")"
+  arguments=("${arguments[@]//"gs://$bucket/"/"../mmjax-buckets/$bucket/"}") # seen from the checkout
 elif [[ -n $workdir ]]; then
   note "$workdir must be one and the same folder on all workers (NFS, Filestore), or gs://BUCKET/DIR"
-  printf -v workdir ' --workdir=%q' "$workdir"
 elif ((${#nodes[@]} > 1 || ${workers[0]:-1} > 1)); then
   fail "say --workdir=gs://BUCKET/DIR: the workers of a slice share no disk"
 fi
 on_all "counting chips" "$(on_worker "check $devices")"
 printf -v quoted ' %q' "${arguments[@]}"
-on_all "starting" "$(on_worker "start$quoted$workdir")"
+on_all "starting" "$(on_worker "start$quoted")"
 note "the log of worker 0 of ${nodes[0]}; the others: gcloud compute tpus tpu-vm ssh NAME --worker=N --command='tail -f mmjax-run/log'"
 follow

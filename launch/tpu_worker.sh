@@ -19,13 +19,13 @@ running() { [[ -f $state/pid ]] && kill -0 "$(<"$state/pid")" 2>/dev/null; }
 setup() {
   local python
   if [[ ! -x .venv/bin/pip ]]; then
-    for python in python3.13 python3.12 python3.11 python3; do
+    for python in python3.11 python3.12 python3.13 python3; do # first what the tests run on
       if "$python" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then export PYTHON=$python; break; fi
     done
-    if [[ -z ${PYTHON:-} ]]; then # Ubuntu 22.04, on which the TPU images stand, comes with Python 3.10
+    if [[ -z ${PYTHON:-} ]]; then # Ubuntu 22.04, which the TPU images stand on, comes with Python 3.10
       python3 -m pip install -q --user uv || fail "Python 3.11 or newer is needed, and uv, which would fetch it, could not be installed"
-      python3 -m uv python install -q 3.12 || fail "Python 3.12 could not be fetched; sudo apt-get install python3.11-venv does as well"
-      PYTHON=$(python3 -m uv python find 3.12)
+      python3 -m uv python install -q 3.11 || fail "Python 3.11 could not be fetched; sudo apt-get install python3.11-venv does as well"
+      PYTHON=$(python3 -m uv python find 3.11)
       export PYTHON
     fi
   fi

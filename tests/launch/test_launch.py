@@ -219,7 +219,7 @@ def test_tpu_dry_run(bare):
     assert lines[4].startswith(ssh) and lines[4].endswith("&& bash mmjax/launch/tpu_worker.sh setup'")
     assert lines[5] == f"{ssh}bash mmjax/launch/tpu_worker.sh mount b'"
     assert lines[6] == f"{ssh}bash mmjax/launch/tpu_worker.sh check CHIPS'"
-    given = r'--config=configs/llava15.py:7b\,lora --config.note=a\ b --workdir="$HOME"/mmjax-buckets/b/w'
+    given = r"--config=configs/llava15.py:7b\,lora --config.note=a\ b --workdir=../mmjax-buckets/b/w"
     assert lines[7] == f"{ssh}bash mmjax/launch/tpu_worker.sh start {given}'"
     assert lines[8] == f"gcloud compute tpus tpu-vm ssh pod {PLACE} --worker=0 '--command=bash mmjax/launch/tpu_worker.sh follow'"
     assert len(lines) == 9
@@ -253,7 +253,7 @@ case "$*" in
       [[ ${MISSING:-} != $worker ]] || said="ssh: connect to host 10.0.0.3 port 22: Connection timed out"
       echo "$said" > $folder/$worker.log
     done ;;
-  *follow*) exit ${ENDS:-0} ;;
+  *follow*) echo following; [[ ${ENDS:-0} != never ]] || exec sleep 60; exit ${ENDS:-0} ;;
 esac
 """
 
@@ -291,6 +291,18 @@ def test_tpu_run_against_a_stand_in(bare, tmp_path):
     assert done.returncode == 1 and "the slices of one run are alike" in done.stderr
     done = run(ENDS="255")
     assert done.returncode == 1 and "the run goes on: launch/tpu_pod.sh logs --tpu=pod" in done.stderr
+
+
+def test_tpu_stops_on_ctrl_c(bare, tmp_path):
+    stand_in(bare, "gcloud", GCLOUD)
+    log = tmp_path / "log"
+    command = ["env", "--default-signal=INT", "bash", str(ROOT / "launch/tpu_pod.sh"), "logs", "--tpu=pod"]
+    env = bare | {"LOG": str(log), "ENDS": "never"}
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True) as following:
+        assert following.stdout is not None and following.stdout.readline() == b"following\n"
+        os.killpg(following.pid, signal.SIGINT)  # as a terminal does
+        assert following.wait(120) == 130
+    assert log.read_text().rstrip().endswith("--command=bash mmjax/launch/tpu_worker.sh stop")
 
 
 def test_tpu_worker_starts_follows_and_stops(bare, tmp_path):
