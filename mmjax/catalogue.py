@@ -317,8 +317,8 @@ INTERNVIT_6B_448 = Part(
 )
 
 # The data of LLaVA, on which many others were trained as well.
-ALPACA_52K = Source(kind="alpaca", path="data/alpaca_data.json")
-CC3M_595K = Source(path="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images")
-LCS_558K = Source(path="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images")
-INSTRUCT_158K = Source(path="data/llava_instruct_158k.json", images="data/coco/train2014")
-MIX_665K = Source(path="data/llava_v1_5_mix665k.json", images="data/llava_v1_5_images")
+ALPACA_52K = Source(kind="alpaca", path="data/alpaca_data.json", samples=52_002)
+CC3M_595K = Source(path="data/LLaVA-CC3M-Pretrain-595K/chat.json", images="data/LLaVA-CC3M-Pretrain-595K/images", samples=595_375)
+LCS_558K = Source(path="data/LLaVA-Pretrain/blip_laion_cc_sbu_558k.json", images="data/LLaVA-Pretrain/images", samples=558_128)
+INSTRUCT_158K = Source(path="data/llava_instruct_158k.json", images="data/coco/train2014", samples=157_712)
+MIX_665K = Source(path="data/llava_v1_5_mix665k.json", images="data/llava_v1_5_images", samples=665_298)

@@ -367,6 +367,7 @@ class Source:
              sample's id, takes the place of what the user says ("Question: {} Short answer:": {} is what was said), and `system`, a
              text in place of the template's system text ("" = none), and `task_id`, the number of its task for multi-task prompts
     limit    first samples only; 0 = all
+    samples  how many there are, as published: for --job=plan, which opens no data; 0 = not said
     join     samples that are shown as one, one after the other: in-context rows of several pictures
     """
 
@@ -390,6 +391,7 @@ class Source:
     weight: float = 0.0
     loss_weight: float = 1.0
     limit: int = 0
+    samples: int = 0
     join: int = 1
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -580,6 +582,23 @@ class Generate:
 
 
 @dataclasses.dataclass
+class Plan:
+    """For --job=plan.
+
+    topology   what to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16 (slices, compiled by libtpu where that is installed), h100:8, cpu:8
+               (devices, compiled for where they are); "" = shapes alone
+    stage      the stage to plan; "" = all
+    search     try meshes, rematerialisation and micro-batches, and recommend some
+    decode     also the decoding of a token, for generate.batch rows of the last stage's length
+    """
+
+    topology: str = ""
+    stage: str = ""
+    search: bool = False
+    decode: bool = False
+
+
+@dataclasses.dataclass
 class Export:
     """For --job=export: path "" = WORKDIR/export. format "hf" (llava layout), "original" (LLaVA's), "peft" (adapters alone). `dequantise`: a
     quantised base is made dense first, so that adapters can be merged into it."""
@@ -608,3 +627,4 @@ class Recipe:
     logging: Logging = dataclasses.field(default_factory=Logging)
     generate: Generate = dataclasses.field(default_factory=Generate)
     export: Export = dataclasses.field(default_factory=Export)
+    plan: Plan = dataclasses.field(default_factory=Plan)

@@ -1,4 +1,6 @@
-"""--job=plan: what a recipe would take, from shapes alone: parameters, what each stage trains, bytes, FLOPs. Reads no weights."""
+"""--job=plan: what a recipe would take. From shapes alone: parameters, what each stage trains, bytes, FLOPs; and with
+--config.plan.topology=v5e:16x16 the training step compiled for that slice: bytes per device, collectives, seconds. Reads no weights.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,20 @@ from typing import Any, Sequence
 import jax
 import jax.numpy as jnp
 
+from mmjax import config as recipes
 from mmjax import flops, tree
 from mmjax.assembly import model_config
 from mmjax.config import Recipe, Stage
 from mmjax.data.picture_tokens import PictureTokens
 from mmjax.data.tiling import of_recipe
+from mmjax.errors import UserError
 from mmjax.models import multimodal, quantised
 from mmjax.models.config import ModelConfig
+from mmjax.planning import report
+from mmjax.planning.chips import Target, target
+from mmjax.planning.decoding import plan_decoding
+from mmjax.planning.search import search
+from mmjax.planning.stages import StagePlan, plan_stage
 from mmjax.results import record
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.state import state_shapes
@@ -25,6 +34,9 @@ from mmjax.tree import Params
 
 def run(recipe: Recipe, workdir: Path) -> None:
     """Prints the tables and writes their figures to WORKDIR/results.json. Raises UserError for what does not fit together."""
+    if recipe.plan.stage and recipe.plan.stage not in recipe.run:
+        raise UserError(f"plan.stage = {recipe.plan.stage!r} is not among the stages that are run: {', '.join(recipe.run)}")
+    slice = target(recipe.plan.topology) if recipe.plan.topology else None
     config = model_config(recipe)
     params = multimodal.shapes(config)
     figures: dict[str, float] = {"parameters": quantised.count(params)}
@@ -41,6 +53,57 @@ def run(recipe: Recipe, workdir: Path) -> None:
     print(_table(["stage", *(key.replace("_", " ") for key in _COLUMNS)], rows))
     print(f"FLOPs: {flops.CONVENTION}. A sample is a picture and its text: a row, or its share of a packed row full of pictures.")
     record(workdir, figures)
+    if slice is not None:
+        record(workdir, _on(slice, recipe, config, figures, workdir))
+
+
+def _on(slice: Target, recipe: Recipe, config: ModelConfig, known: dict[str, float], workdir: Path) -> dict[str, float]:
+    """Compiles for a slice: prints what comes of each stage, draws WORKDIR/plan.png, and returns the figures: each with its stage's name
+    behind it; without one, those of the last stage, but that everything must fit and the largest bytes count."""
+    names = [recipe.plan.stage] if recipe.plan.stage else recipe.run
+    plans, found = [], dict[str, float]()
+    print(f"\n{report.NOTES}\n")
+    for name in names:
+
+        def plan(recipe: Recipe, mesh: recipes.Mesh, name: str = name) -> StagePlan:
+            per_row = known[f"flops_per_step_{name}"] / recipe.stages[name].rows
+            return plan_stage(recipe, name, config, slice, mesh, per_row)
+
+        per_row = known[f"flops_per_step_{name}"] / known[f"flops_per_sample_{name}"] / recipe.stages[name].rows
+        if recipe.plan.search and slice.devices is not None:
+            tried = search(recipe, name, config, slice, plan)
+            print(_table(["mesh, rows, rematerialisation, micro-batches", "GiB", "s a step", "MFU"], [_tried_row(t) for t in tried]))
+            best = tried[0]
+            print(f"{name}: " + (f"recommended: {best.flags}" if best.plan.fits else "nothing that was tried fits") + "\n")
+            plans.append(best.plan)
+        else:
+            plans.append(plan(recipe, recipe.mesh))
+        if plans[-1].rows != recipe.stages[name].rows:
+            print(f"{name}: {recipe.stages[name].rows} rows cannot be divided over this mesh: planned with --config.stages.{name}.rows={plans[-1].rows}")
+        print(report.text(plans[-1], per_row) + "\n")
+        last = report.figures(plans[-1], per_row)
+        found |= {f"{key}_{name}": value for key, value in last.items()} | last
+    if recipe.plan.decode and slice.devices is not None:
+        decoding = plan_decoding(recipe, config, slice)
+        print(decoding.text + "\n")
+        found |= decoding.figures
+    verdicts = [plan.fits for plan in plans]
+    if False in verdicts or None not in verdicts:
+        found["fits"] = False not in verdicts
+    found["bytes_per_device"] = max(plan.needed for plan in plans)
+    report.draw(workdir / "plan.png", plans)
+    print(f"drawn: {workdir / 'plan.png'}")
+    return found
+
+
+def _tried_row(tried: Any) -> list[str]:
+    plan = tried.plan
+    mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    settings = f"{mesh}, {plan.rows} rows, {tried.remat}, {tried.accumulate}"
+    found = plan.estimate
+    if found is None or not plan.fits:
+        return [settings, f"{plan.needed / 2**30:.2f}", "does not fit", ""]
+    return [settings, f"{plan.needed / 2**30:.2f}", f"{found.step[0]:.2f} - {found.step[1]:.2f}", f"{found.mfu(found.compute):.1%}"]
 
 
 _COLUMNS = (

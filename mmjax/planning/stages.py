@@ -1,0 +1,184 @@
+"""The plan of one stage on one mesh: what it takes of each device, what it computes and sends, and how long that is likely to take."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Iterable
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from mmjax import config as recipes
+from mmjax import tree
+from mmjax.config import Recipe, Stage
+from mmjax.errors import UserError
+from mmjax.models.config import ModelConfig
+from mmjax.models.encoder_config import ViTConfig
+from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards, make_mesh
+from mmjax.planning.chips import Target
+from mmjax.planning.compiled import Arguments, Compiled, compile_step, prepare
+from mmjax.planning.estimate import Estimate, estimate
+from mmjax.planning.hlo import Program
+
+LEAST = 2**20  # bytes of a buffer that is worth a word
+
+
+@dataclasses.dataclass(frozen=True)
+class Large:
+    """A buffer as large as a stacked weight that the compiled step makes; `why` is "" where it is none that must be."""
+
+    op: str
+    bytes: float
+    type: str
+    why: str
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """bytes per device; `compiled` and what follows are None or empty where there is no compiler for the target, and `estimate` also where
+    the step does not fit.
+
+    rows        of the step: stage.rows, or the next number that the mesh divides
+    held        bytes of trained and frozen parameters, optimizer state and batch, from shapes and their shardings
+    plain       of the same step without Pallas kernels, (bytes per device, estimate); None where it has none; no estimate where that does not fit
+    costs       the dearest operations: (operation, share of the compiler's cycles)
+    open_loops  loops that count as one turn, since the data decide how often they turn
+    """
+
+    name: str
+    target: Target
+    mesh: dict[str, int]
+    stage: Stage
+    rows: int
+    held: dict[str, int]
+    compiled: Compiled | None = None
+    estimate: Estimate | None = None
+    plain: tuple[int, Estimate | None] | None = None
+    costs: tuple[tuple[str, float], ...] = ()
+    large: tuple[Large, ...] = ()
+    open_loops: tuple[str, ...] = ()
+
+    @property
+    def needed(self) -> int:
+        """Bytes per device: the compiler's count, or what is known without one."""
+        return self.compiled.needed if self.compiled else sum(self.held.values())
+
+    @property
+    def fits(self) -> bool | None:
+        """None where nobody has said how much the activations take."""
+        if not self.target.chip.hbm or (self.compiled is None and self.needed <= self.target.chip.hbm):
+            return None
+        return self.needed <= self.target.chip.hbm and not (self.compiled and self.compiled.refused)
+
+
+def plan_stage(recipe: Recipe, name: str, config: ModelConfig, target: Target, sizes: recipes.Mesh, flops_per_row: float) -> StagePlan:
+    """Compiles the stage's step for the target, where there is a compiler for it. Raises UserError where the mesh does not fit it."""
+    mesh = mesh_for(target, sizes)
+    prepared = prepare(recipe, name, config, mesh)
+    rows = prepared.stage.rows
+    shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
+    known: dict[str, Any] = {"name": name, "target": target, "mesh": shape, "stage": prepared.stage, "rows": rows, "held": _held(prepared)}
+    if not isinstance(mesh, Mesh):
+        return StagePlan(**known)
+    made = compile_step(recipe, name, prepared, mesh)
+    if made.refused or not target.chip.clock:
+        return StagePlan(**known, compiled=made)
+    program = Program(made.text)
+    found = estimate(program, target, flops_per_row * rows)
+    plain = None
+    if found.kernel_flops:
+        stage = dataclasses.replace(prepared.stage, attention="xla")
+        other = compile_step(recipe, name, dataclasses.replace(prepared, stage=stage), mesh)
+        plain = other.needed, None if other.refused else estimate(Program(other.text), target, flops_per_row * rows)
+    total = program.cycles() or 1.0
+    costs = sorted(((i.op, cycles / total) for i, cycles in program.costs()), key=lambda item: -item[1])[:8]
+    return StagePlan(
+        **known,
+        compiled=made,
+        estimate=found,
+        plain=plain,
+        costs=tuple(costs),
+        large=tuple(_large(program, prepared, mesh)),
+        open_loops=tuple(sorted(program.open_loops)),
+    )
+
+
+def mesh_for(target: Target, sizes: recipes.Mesh) -> Any:
+    """The mesh of a target's devices, or, where there are none to compile for, one without devices."""
+    if target.devices is not None:
+        return make_mesh(sizes, target.devices)
+    shape = {axis: getattr(sizes, axis) for axis in AXES}
+    rest = [axis for axis, size in shape.items() if size == -1]
+    given = math.prod(size for size in shape.values() if size != -1)
+    if target.count % given or len(rest) > 1 or (not rest and given != target.count):
+        raise UserError(f"mesh: {shape} does not fit the {target.count} devices of {target.name}.")
+    for axis in rest:
+        shape[axis] = target.count // given
+    return AbstractMesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _held(prepared: Arguments) -> dict[str, int]:
+    parts = {"trained": prepared.state.trainable, "frozen": prepared.frozen, "optimizer": prepared.state.optimizer, "batch": prepared.batch}
+    return {part: sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(leaves)) for part, leaves in parts.items()}
+
+
+def _shard_bytes(leaf: Any) -> int:
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * np.dtype(leaf.dtype).itemsize
+
+
+def _large(program: Program, prepared: Arguments, mesh: Mesh) -> list[Large]:
+    """Buffers at least as large as the largest stack of weights is on one device, in two bytes a weight."""
+    leaves = tree.flatten(prepared.frozen) | tree.flatten(prepared.state.trainable)
+    stacks = [leaf.sharding.shard_shape(leaf.shape) for path, leaf in leaves.items() if tree.is_stacked(path)]
+    least = max([2.0 * math.prod(shape) for shape in stacks] + [LEAST])
+    known = _known(prepared, mesh)
+    positions = _positions(prepared, mesh)
+    found: dict[tuple[str, str], Large] = {}
+    for op, size, kind in program.large(least):
+        shape = _bare(int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n)
+        why = known.get(shape) or ("activations of one layer" if positions & set(shape) else "")
+        found.setdefault((why, kind), Large(op, size, kind, why))
+    return list(found.values())
+
+
+def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
+    """Shapes that a step must have on a device, however large, without axes of size 1."""
+    known: dict[tuple[int, ...], str] = {}
+    for path, leaf in (tree.flatten(prepared.frozen) | tree.flatten(prepared.state.trainable)).items():
+        local = leaf.sharding.shard_shape(leaf.shape)
+        # what the data axes divide is gathered where it is used, a layer at a time
+        gathered = [whole if spec in DATA_AXES else own for whole, own, spec in zip(leaf.shape, local, leaf.sharding.spec)]
+        one = gathered[1:] if tree.is_stacked(path) else gathered
+        known[_bare(one)] = f"of {path}: gathered where it is used" + (", one layer" if tree.is_stacked(path) else "")
+    config, stage = prepared.config, prepared.stage
+    rows = stage.rows // (data_shards(mesh) * stage.accumulate)
+    if config.llm is not None:
+        kept = (config.llm.layers, rows, stage.length // mesh.shape["sequence"], config.llm.block.width)
+        known[_bare(kept)] = "what each layer of the language model reads, kept for the gradient"
+    if isinstance(config.vision, ViTConfig):
+        for extra in (config.vision.positions, config.vision.positions + config.vision.prefix):
+            kept = (config.vision.layers, rows * stage.tiles, extra, config.vision.block.width)
+            known[_bare(kept)] = "what each layer of the encoder reads, kept for the gradient"
+    for path, leaf in tree.flatten(prepared.state.trainable).items():
+        known[_bare(leaf.sharding.shard_shape(leaf.shape))] = f"of {path}, which is trained: its gradient, moments or new values"
+    return known
+
+
+def _positions(prepared: Arguments, mesh: Mesh) -> set[int]:
+    """Numbers of positions that activations have on a device."""
+    config, stage = prepared.config, prepared.stage
+    rows = stage.rows // (data_shards(mesh) * stage.accumulate)
+    length = stage.length // mesh.shape["sequence"]
+    counts = [stage.length, length, rows * length, rows * stage.length]
+    if isinstance(config.vision, ViTConfig):
+        own = {config.vision.positions, config.vision.positions + config.vision.prefix}
+        counts += [n * tiles for n in own for tiles in (1, rows * stage.tiles)]
+    if config.connector is not None:
+        counts += [config.connector.tokens, config.connector.tokens * rows * stage.tiles]
+    return {count for count in counts if count >= 64}
+
+
+def _bare(shape: Iterable[int]) -> tuple[int, ...]:
+    return tuple(n for n in shape if n != 1)
