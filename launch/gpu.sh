@@ -101,7 +101,7 @@ tail -n +1 -s 0.2 -f --pid="${pids[0]}" "$logs/0.log" &
 code=0
 deadline=
 while ((${#pids[@]})); do
-  sleep 0.2
+  sleep 0.2 || true # a signal to the whole group ends it too
   for i in "${!pids[@]}"; do
     if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
     ended=0

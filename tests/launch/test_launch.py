@@ -146,13 +146,15 @@ def test_gpu_one_process_dies(bare, tmp_path):
     assert "saved" in (tmp_path / "0.log").read_text()  # and the other one was asked to end
 
 
-def test_gpu_passes_sigterm_on(bare, tmp_path):
+@pytest.mark.parametrize("group", [False, True])
+def test_gpu_passes_sigterm_on(bare, tmp_path, group):
     stand_in(bare, "process", PROCESS)
     env = bare | {"JAX_PLATFORMS": "cpu", "MODE": "runs"}
     command = ["bash", str(ROOT / "launch/gpu.sh"), "--processes=2", f"--logs={tmp_path}", "--", "process"]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command, env=env, start_new_session=True, **silent) as running:
         wait_for(lambda: all((tmp_path / f"{i}.log").exists() and (tmp_path / f"{i}.log").read_text() for i in (0, 1)))
-        running.send_signal(signal.SIGTERM)
+        (os.killpg if group else os.kill)(running.pid, signal.SIGTERM)
         assert running.wait(120) == 143
     assert all("saved" in (tmp_path / f"{i}.log").read_text() for i in (0, 1))
 
@@ -189,7 +191,6 @@ def test_slurm_saves_and_queues_again(bare, tmp_path):
         command = ["bash", str(ROOT / "launch/slurm.sbatch"), "--config=c.py", "--workdir=w"]
         with subprocess.Popen(command, env=env | {"STATE": state}, stderr=subprocess.DEVNULL) as running:
             wait_for(lambda: "mmjax.main" in log.read_text())
-            time.sleep(0.1)
             running.send_signal(signal.SIGTERM)
             assert running.wait(120) == 143
         checked, started, *rest = log.read_text().splitlines()
