@@ -30,7 +30,7 @@ from mmjax.models.config import DecoderConfig, Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec, GatedCrossAttentionConfig, Stitching, ViTConfig
 from mmjax.models.quantised import Quantisation
 from mmjax.models.tuning_config import Adapter
-from mmjax.parallel.sharding import mesh_of
+from mmjax.parallel.sharding import mesh_of, placed
 from mmjax.preprocessing import has_tokenizer, image_processor, read_image_processor, read_tokenizer
 from mmjax.published import Published, locate, open_published
 from mmjax.tree import Params
@@ -264,7 +264,7 @@ def _described(recipe: Recipe, vocab_size: int | None) -> tuple[ModelConfig, Fam
         directory = locate(section.path)
         if (directory / "recipe.json").is_file():
             before = recipes.read_recipe(directory)
-            earlier, family, foreign = _described(before, _trained_size(directory))
+            earlier, family, foreign = _described(before, trained_vocabulary(directory))
             return _with_adapters_and_mask(_with_new_rows(earlier, before.model), section), family, foreign
         source = open_published(directory)
         return _with_adapters_and_mask(source.config, section), source.family, source.foreign
@@ -450,7 +450,7 @@ def _placed(params: Params, places: Params | None) -> Params:
     where = tree.flatten(places) if places is not None else {}
     return tree.unflatten(
         {
-            path: jax.device_put(leaf, where[path]) if path in where else leaf
+            path: placed(leaf, where[path]) if path in where else leaf
             for path, leaf in tree.flatten(params).items()
         }
     )
@@ -488,7 +488,7 @@ def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
     return _with_tokens(dataclasses.replace(base, config=config, params=drawn, own=own, bases=bases), recipe, places)
 
 
-def _trained_size(workdir: Path) -> int | None:
+def trained_vocabulary(workdir: Path) -> int | None:
     """Tokens of the tokenizer that a run trained for itself, if it did."""
     directory = workdir / "tokenizer"
     return len(read_tokenizer(directory)) if has_tokenizer(directory) else None

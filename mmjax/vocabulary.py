@@ -8,6 +8,8 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
 
+from mmjax.parallel import cluster
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -74,8 +76,9 @@ def train_once(directory: Path, texts: Iterable[str], **settings) -> PreTrainedT
     """The tokenizer of `directory`, trained and saved there if it is not there yet."""
     from mmjax.preprocessing import has_tokenizer, read_tokenizer
 
-    if not has_tokenizer(directory):
-        train(texts, **settings).save_pretrained(str(directory))
+    with cluster.first_alone("tokenizer"):
+        if not has_tokenizer(directory):
+            train(texts, **settings).save_pretrained(str(directory))
     return read_tokenizer(directory)  # type: ignore[return-value]
 
 

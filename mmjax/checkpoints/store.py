@@ -15,20 +15,21 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from mmjax import config, tree
 from mmjax.config import Recipe, read_recipe
 from mmjax.errors import UserError
+from mmjax.parallel import cluster
 from mmjax.training.state import State
 from mmjax.tree import Params
 
 MANIFEST = "manifest.json"
+LONGEST = 24 * 3600  # seconds in which all processes must have written their parts; that of one which dies is not waited for
 log = logging.getLogger(__name__)
 
 
@@ -172,7 +173,7 @@ class Store:
     def __init__(self, workdir: Path, options: config.Checkpoint, bases: Mapping[str, str]):
         self.folder = workdir.absolute() / "checkpoints"
         self.options, self.bases = options, dict(bases)
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(), timeout_secs=LONGEST)
         self._background = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._finishing: concurrent.futures.Future[None] | None = None
 
@@ -213,6 +214,7 @@ class Store:
         }
         folder = self.folder / stage / _name(step)
         self.wait()
+        cluster.wait("checkpoint")  # for process 0, which has had the manifest of the one before to make
         self._checkpointer.save(
             folder,
             args=ocp.args.Composite(
@@ -236,34 +238,46 @@ class Store:
 
     def resume(self, run: Sequence[str]) -> Checkpoint | None:
         """The checkpoint to go on from. What is newer than it (unsound, or half written) is set aside as NAME.broken."""
-        found = newest(self.folder.parent, run)
-        if jax.process_count() > 1:  # all processes take what the first one found
-            place = [run.index(found.stage), found.step] if found else [-1, -1]
-            stage, step = multihost_utils.broadcast_one_to_all(np.array(place)).tolist()
-            path = self.folder / run[stage] / _name(step)
-            found = Checkpoint(path, json.loads((path / MANIFEST).read_text())) if stage >= 0 else None
-        if jax.process_index() == 0:
-            later = run[run.index(found.stage) :] if found else run
-            for stage in later:
-                for step in _steps(self.folder / stage):
-                    path = self.folder / stage / _name(step)
-                    if found is None or stage != found.stage or step > found.step:
-                        shutil.rmtree(path.with_suffix(".broken"), ignore_errors=True)
-                        path.rename(path.with_suffix(".broken"))
-                for unfinished in (self.folder / stage).glob("*.orbax-checkpoint-tmp*"):
-                    shutil.rmtree(unfinished)
+
+        def look() -> str | None:
+            found = newest(self.folder.parent, run)
+            self._set_aside(run, found)
+            return None if found is None else str(found.path.relative_to(self.folder))
+
+        found = self._as_first("resume", look)
         if found is not None:
             check_bases(found, self.bases)
         return found
 
+    def _as_first(self, name: str, look: Callable[[], str | None]) -> Checkpoint | None:
+        """The checkpoint whose folder `look` finds; process 0 looks (and reads all of it), the others take the same one."""
+        place = cluster.from_first(name, look)
+        if place is None:
+            return None
+        return Checkpoint(self.folder / place, json.loads((self.folder / place / MANIFEST).read_text()))
+
+    def _set_aside(self, run: Sequence[str], found: Checkpoint | None) -> None:
+        """Renames what is newer than the checkpoint to go on from, and deletes what was never finished."""
+        for stage in run[run.index(found.stage) :] if found else run:
+            for step in _steps(self.folder / stage):
+                path = self.folder / stage / _name(step)
+                if found is None or stage != found.stage or step > found.step:
+                    shutil.rmtree(path.with_suffix(".broken"), ignore_errors=True)
+                    path.rename(path.with_suffix(".broken"))
+            for unfinished in (self.folder / stage).glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(unfinished)
+
     def best(self, stage: str) -> Checkpoint | None:
         """The sound checkpoint of a stage with the lowest validation loss."""
         self.wait()
-        for _, step in sorted(_validated(self.folder / stage)):
-            path = self.folder / stage / _name(step)
-            if fault_of(path) is None:
-                return Checkpoint(path, json.loads((path / MANIFEST).read_text()))
-        return None
+
+        def look() -> str | None:
+            for _, step in sorted(_validated(self.folder / stage)):
+                if fault_of(self.folder / stage / _name(step)) is None:
+                    return f"{stage}/{_name(step)}"
+            return None
+
+        return self._as_first("best", look)
 
     def _finish(self, path: Path, manifest: dict[str, Any]) -> None:
         """Waits until Orbax has put a checkpoint in its place, then writes its manifest."""

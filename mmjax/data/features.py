@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,8 +37,9 @@ from mmjax.data.sources import Dataset
 from mmjax.errors import UserError
 from mmjax.models import connectors, multimodal
 from mmjax.models.config import Execution, ModelConfig
-from mmjax.parallel.mesh import data_shards
-from mmjax.parallel.sharding import batch_shardings
+from mmjax.parallel import cluster
+from mmjax.parallel.mesh import data_shards, own_shards
+from mmjax.parallel.sharding import from_own_rows, on_host
 from mmjax.tree import Params
 
 log = logging.getLogger(__name__)
@@ -64,12 +66,11 @@ def cached(
     described   the sources, by the names of `datasets`
     flip        of the mirrored pictures too
     batch       tiles a device encodes at a time
-    Raises UserError for a picture that is in no store (it has no name), and where several processes run.
+    Several processes encode together, each the pictures of its own data shards; process 0 writes.
+    Raises UserError for a picture that is in no store (it has no name).
     """
     if config.connector is None or processor is None:
         raise UserError("cache_features: the model has no vision encoder and connector")
-    if jax.process_count() > 1:
-        raise UserError("cache_features works in one process only; leave it off, or train on one host")
     folder.mkdir(parents=True, exist_ok=True)
     encoder = encoder_digest(config, params, processor, flip, run)
     encode = functools.partial(_encode, params, mesh=mesh, config=config, run=run)
@@ -77,11 +78,13 @@ def cached(
     tables = {}
     for name, dataset in datasets.items():
         stem = folder / hashlib.blake2b((encoder + sources.stamp(described[name])).encode(), digest_size=16).hexdigest()
-        counts = _counts(stem.with_suffix(".json"), dataset, name, processor)
+        with cluster.first_alone("pictures"):
+            counts = _counts(stem.with_suffix(".json"), dataset, name, processor)
         tiles = [(image, number) for image, count in counts.items() for number in range(count)]
-        if tiles and not stem.with_suffix(".npy").exists():
-            pictures = functools.partial(_tiles, tiles, dataset, processor, batch * data_shards(mesh), flip, threads)
+        if tiles and not cluster.from_first("features", stem.with_suffix(".npy").exists):
+            pictures = functools.partial(_tiles, tiles, dataset, processor, batch, mesh, flip, threads)
             _fill(stem, (len(tiles), 1 + flip, *shape), pictures, encode, name)
+            cluster.wait("features written")
         ends = np.cumsum(list(counts.values()), dtype=int).tolist()
         rows = {image: (end - count, end) for (image, count), end in zip(counts.items(), ends)}
         tables[name] = Table(stem.with_suffix(".npy"), rows)
@@ -151,33 +154,37 @@ def _count(dataset: Dataset, name: str, processor: ImageProcessor) -> int:
 
 def _fill(stem: Path, shape: tuple[int, ...], pictures: Any, encode: Any, label: str) -> None:
     """Makes `stem`.npy: row after row into `stem`.part, with the number of finished rows beside it in `stem`.done."""
-    part, done = stem.with_suffix(".part"), stem.with_suffix(".done")
-    start = int(done.read_text()) if part.exists() and done.exists() else 0
-    array = np.lib.format.open_memmap(part, "r+" if start else "w+", np.float16, shape)
-    log.info("%s: features of %d tiles, %.2f GB, in %s", label, shape[0], array.nbytes / 1e9, part.parent)
-    bar = tqdm(None, f"{label}: features", shape[0], initial=start, disable=None, unit="tile")
-    pending: tuple[int, Any, np.ndarray] | None = None  # the device works on one batch while the next is decoded
+    part, done, writes = stem.with_suffix(".part"), stem.with_suffix(".done"), jax.process_index() == 0
+    start = cluster.from_first("features begun", lambda: int(done.read_text()) if part.exists() and done.exists() else 0)
+    array = np.lib.format.open_memmap(part, "r+" if start else "w+", np.float16, shape) if writes else None
+    log.info("%s: features of %d tiles, %.2f GB, in %s", label, shape[0], 2 * math.prod(shape) / 1e9, part.parent)
+    bar = tqdm(None, f"{label}: features", shape[0], initial=start, disable=None if writes else True, unit="tile")
+    pending: tuple[int, Any, Any] | None = None  # the device works on one batch while the next is decoded
 
-    def store(first: int, features: jax.Array, readable: np.ndarray) -> None:
-        values = np.clip(np.asarray(features[: len(readable)], np.float32), -65504, 65504)
-        values[~readable] = np.nan
-        array[first : first + len(readable)] = values
-        bar.update(len(readable))
+    def store(first: int, features: jax.Array, readable: jax.Array) -> None:
+        values, whole = on_host(features)[: shape[0] - first], on_host(readable)[: shape[0] - first, 0]
+        if array is None:
+            return
+        values = np.clip(values.astype(np.float32), -65504, 65504)
+        values[~whole] = np.nan
+        array[first : first + len(values)] = values
+        bar.update(len(values))
 
     for number, (first, views, readable) in enumerate(pictures(start)):
-        features = encode(views)
+        encoded = encode(views, readable)
         if pending:
             store(*pending)
-            if number % FLUSH == 0:
+            if array is not None and number % FLUSH == 0:
                 array.flush()
                 _replace(done, str(first))
-        pending = first, features, readable
+        pending = first, *encoded
     if pending:
         store(*pending)
     bar.close()
-    array.flush()
-    os.replace(part, stem.with_suffix(".npy"))
-    done.unlink(missing_ok=True)
+    if array is not None:
+        array.flush()
+        os.replace(part, stem.with_suffix(".npy"))
+        done.unlink(missing_ok=True)
 
 
 def _tiles(
@@ -185,12 +192,13 @@ def _tiles(
     dataset: Dataset,
     processor: ImageProcessor,
     batch: int,
+    mesh: Mesh,
     flip: bool,
     threads: int,
     start: int,
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """From row `start` on: first row, pixels uint8 [batch, 1 or 2 (mirrored), height, width, 3], and which of the real rows could
-    be read, bool [<= batch]. `tiles` are pictures and the number of a tile."""
+    """From row `start` on, `batch` of them for each data shard: first row, and of this process's shards pixels uint8 [rows, 1 or 2
+    (mirrored), height, width, 3], and which rows could be read, bool [rows, 1]. `tiles` are pictures and the number of a tile."""
 
     def views(name: str) -> np.ndarray | None:
         try:
@@ -201,22 +209,27 @@ def _tiles(
             return None
 
     with ThreadPoolExecutor(threads) as pool:
-        for first in range(start, len(tiles), batch):
-            rows = tiles[first : first + batch]
-            names = list(dict.fromkeys(name for name, _ in rows))
+        own = own_shards(mesh)
+        for first in range(start, len(tiles), batch * data_shards(mesh)):
+            places = [first + shard * batch + i for shard in own for i in range(batch)]
+            rows = [tiles[place] if place < len(tiles) else ("", 0) for place in places]
+            names = list(dict.fromkeys(name for name, _ in rows if name))
             found = dict(zip(names, pool.map(views, names)))
-            out, readable = np.zeros((batch, 1 + flip, *processor.shape), np.uint8), np.zeros(len(rows), bool)
+            out, readable = np.zeros((len(rows), 1 + flip, *processor.shape), np.uint8), np.zeros((len(rows), 1), bool)
             for row, (name, number) in enumerate(rows):
-                picture = found[name]
+                picture = found.get(name)
                 if picture is not None and number < len(picture):
                     out[row], readable[row] = picture[number], True
             yield first, out, readable
 
 
-def _encode(params: Params, views: np.ndarray, *, mesh: Mesh, config: ModelConfig, run: Execution) -> jax.Array:
-    """uint8 [batch, views, height, width, 3] -> [batch, views, positions, width]; the batch divided over the mesh."""
-    placed = jax.device_put(Batch(images=views), batch_shardings(Batch(images=views), mesh))
-    return _features({"vision": params["vision"]}, placed.images, config=config, run=run)
+def _encode(
+    params: Params, views: np.ndarray, readable: np.ndarray, *, mesh: Mesh, config: ModelConfig, run: Execution
+) -> tuple[jax.Array, jax.Array]:
+    """Of all processes' rows, divided over the mesh: uint8 [batch, views, height, width, 3] -> [batch, views, positions, width]; and
+    which of them could be read."""
+    placed = from_own_rows(Batch(images=views, tiles=readable), mesh)
+    return _features({"vision": params["vision"]}, placed.images, config=config, run=run), placed.tiles
 
 
 @functools.partial(jax.jit, static_argnames=("config", "run"))
@@ -233,7 +246,7 @@ def encoder_digest(config: ModelConfig, params: Params, processor: ImageProcesso
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
     for path, leaf in sorted(tree.flatten(params["vision"]).items()):
         digest.update(path.encode())
-        digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+        digest.update(np.ascontiguousarray(on_host(leaf)).view(np.uint8).data)
     return digest.hexdigest()
 
 

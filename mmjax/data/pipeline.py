@@ -1,7 +1,9 @@
 """From data sets to batches: planned globally, loaded by Grain, restartable at any step from its number alone.
 
 The rows of a step are decided by (seed, epoch) and the stored lengths (mmjax.data.packing). Global row g of the run belongs to
-step g // stage.rows and to process g % process_count. A sample that breaks when it is loaded leaves its place in the row empty.
+step g // stage.rows, and the rows of a step to its data shards, one run of them each: the same batch, row by row, whatever the mesh and
+however many processes there are, so that what is drawn by a row's place (dropout, negatives) is the same as well. A process loads the
+rows of the data shards that it has devices of. A sample that breaks when it is loaded leaves its place in the row empty.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class Skipped:
 class Info:
     """What a step holds, for the log; of this process's rows.
 
+    share        of the step's rows, how many those are
     ids          ids of the samples of each row
     tokens       positions that are not padding; supervised: of these, the ones predicted from; answers: those of an
                  encoder-decoder's decoder
@@ -77,6 +80,7 @@ class Info:
     tiles: int
     skipped: tuple[Skipped, ...]
     answers: int = 0
+    share: float = 1.0
 
     @property
     def samples(self) -> int:
@@ -89,9 +93,9 @@ class Pipeline:
     datasets        by the names of stage.sources
     encoder         its limits are set to stage.length and stage.answer_length; None for the objective "classify". For "contrastive"
                     its `beside` says how captions are read
-    groups          of the whole step over all processes: (shards of the data axes) x stage.accumulate. Micro-batch m is the m-th part
-                    of every shard's rows and groups, so that no row changes its device (see mmjax.training.step)
-    process_index   this process yields stage.rows / process_count rows and groups / process_count groups a step
+    shards          of the data axes, over all processes. A shard's rows are in stage.accumulate groups of media; micro-batch m is the
+                    m-th part of every shard's rows and groups, so that no row changes its device (see mmjax.training.step)
+    own             the shards whose rows and groups are yielded here, one after the other; None = all of them
     workdir         where the table of lengths is kept; None = nowhere
 
     `skipped` lists every sample that was not trained on so far: the unusable ones as soon as the table is made, the ones
@@ -107,17 +111,15 @@ class Pipeline:
         *,
         seed: int,
         loader: config.Loader,
-        groups: int = 1,
-        process_index: int = 0,
-        process_count: int = 1,
+        shards: int = 1,
+        own: Sequence[int] | None = None,
         features: Features | None = None,
         workdir: str | Path | None = None,
     ):
-        rows, groups_here = stage.rows // process_count, groups // process_count
-        if stage.rows % process_count or groups % process_count or rows % max(1, groups_here):
+        if stage.rows % (shards * stage.accumulate):
             raise UserError(
-                f"rows = {stage.rows} must be a multiple of data shards x accumulate = {groups}, and both of the "
-                f"{process_count} processes"
+                f"rows = {stage.rows} must be a multiple of data shards x accumulate = {shards} x {stage.accumulate}: change the "
+                "stage's rows, or the mesh's data and fsdp"
             )
         if unknown := [flag for flag in stage.augment if flag != "flip"]:
             raise UserError(f"unknown augmentation {unknown[0]!r}; there is flip")
@@ -127,8 +129,9 @@ class Pipeline:
         self.answer_length = (stage.answer_length or stage.length) if writes else 0
         self.encoder = encoder and dataclasses.replace(encoder, max_length=stage.length, max_answer=self.answer_length)
         self.image_processor, self.features = image_processor, features
-        self.rows, self.groups = rows, groups_here
-        self.process_index, self.process_count = process_index, process_count
+        each, self.own = stage.rows // shards, tuple(range(shards) if own is None else own)
+        self.rows, self.groups = each * len(self.own), stage.accumulate * len(self.own)
+        self._places = [shard * each + i for shard in self.own for i in range(each)]  # among the step's rows
         self.skipped: list[Skipped] = []
         self._reported: set[tuple[str, str]] = set()
         self._seen = self._broken = 0
@@ -172,9 +175,8 @@ class Pipeline:
         """The fields of a step's Batch, and what is in it."""
         rows: list[list[Example]] = []
         skipped = []
-        first = int(step) * self.stage.rows + self.process_index
-        for number in range(first, first + self.rows * self.process_count, self.process_count):
-            epoch, samples = self._row(number)
+        for place in self._places:
+            epoch, samples = self._row(int(step) * self.stage.rows + place)
             rows.append([])
             for sample in samples.tolist():
                 try:
@@ -214,6 +216,7 @@ class Pipeline:
             tiles=sum(example.tile_count for row in rows for example in row),
             skipped=tuple(skipped),
             answers=answers,
+            share=self.rows / self.stage.rows,
         )
         fields = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
         return {name: value for name, value in fields.items() if value is not None}, info

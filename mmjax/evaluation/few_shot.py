@@ -37,6 +37,8 @@ from mmjax.errors import UserError
 from mmjax.model import Model
 from mmjax.models import multimodal
 from mmjax.models.config import Execution, ModelConfig
+from mmjax.parallel import cluster
+from mmjax.parallel.sharding import on_host
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +150,7 @@ class Examples:
         if not by_pictures:
             raise UserError('few_shot: the source has no samples with pictures, by which choose = "similar" could choose')
         cache = self.workdir / "features" / f"similar-{self._key()}.npy"
-        if cache.exists():
+        if cluster.from_first("similar", cache.exists):
             features = np.load(cache)
         else:
             different = list(dict.fromkeys(name for group in by_pictures for name in group))
@@ -158,8 +160,9 @@ class Examples:
             each = dict(zip(readable, encoded))
             none = np.zeros(encoded.shape[-1], np.float32)  # of a picture that cannot be read, and is like no other
             features = _normalised(np.stack([np.mean([each.get(name, none) for name in group], 0) for group in by_pictures]))
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            np.save(cache, features)
+            if jax.process_index() == 0:
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                np.save(cache, features)
         return features, list(by_pictures.values())
 
     def _pictures(self, names: Sequence[str], readable: list[str]) -> Iterator[Image.Image]:
@@ -183,7 +186,7 @@ class Examples:
         def encode() -> None:
             pixels = np.stack(waiting + waiting[-1:] * (_BATCH - len(waiting)))
             features = _mean_features(params, pixels, config=model.config, run=model.run)
-            found.append(np.asarray(features)[: len(waiting)])
+            found.append(on_host(features)[: len(waiting)])
             waiting.clear()
 
         for picture in pictures:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from PIL import Image
 from tqdm import tqdm
 
@@ -32,7 +33,8 @@ RIGHT = {"accuracy": answers.is_right, "letter": answers.same_letter}
 def evaluate(model: Model, recipe: Recipe, workdir: Path) -> dict[str, float]:
     """Runs every evaluation of the recipe; prints tables; writes answers_NAME.jsonl, the pictures and results.json.
 
-    Returns the figures by flat names; where there are several evaluations, each name begins with the evaluation's.
+    Returns the figures by flat names; where there are several evaluations, each name begins with the evaluation's. Of several processes
+    all answer together, and process 0 does the rest: the others return nothing.
     Raises UserError for an unknown metric.
     """
     figures: dict[str, float] = {}
@@ -45,7 +47,8 @@ def evaluate(model: Model, recipe: Recipe, workdir: Path) -> dict[str, float]:
         training = _training_samples(recipe) if evaluation.blind else []
         found = _evaluate_one(model, name, evaluation, training, workdir)
         figures |= {prefix + key: value for key, value in found.items()}
-    record(workdir, figures)
+    if jax.process_index() == 0:
+        record(workdir, figures)
     return figures
 
 
@@ -69,6 +72,8 @@ def _evaluate_one(
         given["withheld"] = answered(blind.withheld(samples), f"{name}, withheld")
         if usual := blind.most_frequent(training):
             given["most_frequent"] = [usual.get(sample.kind, usual[""]) for sample in samples]
+    if jax.process_index() != 0:
+        return {}
     figures: dict[str, float] = {"shots": settings.shots} if examples else {}
     if _right(evaluation):
         figures |= _accuracy(samples, given, evaluation, name, workdir)
@@ -95,7 +100,7 @@ def _answers(model: Model, evaluation: Evaluation, samples: Sequence[Sample], op
         length_penalty=evaluation.length_penalty,
     )
     texts = []
-    for _, text in tqdm(answered, label, total=len(samples), disable=None, unit="question"):
+    for _, text in tqdm(answered, label, total=len(samples), disable=True if jax.process_index() else None, unit="question"):
         if isinstance(text, BadSample):
             log.warning("%s; it counts as answered with nothing", text)
         texts.append("" if isinstance(text, BadSample) else text)

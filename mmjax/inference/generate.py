@@ -23,7 +23,7 @@ from mmjax.inference.rows import Rows
 from mmjax.inference.sampling import Sampling
 from mmjax.models import decoder, multimodal, prefix
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
-from mmjax.parallel.sharding import batch_shardings, shards_of
+from mmjax.parallel.sharding import batch_shardings, on_host, placed, shards_of
 
 Params = dict[str, Any]
 Ended = Callable[[np.ndarray], int | None]
@@ -60,8 +60,8 @@ def generate(
     looks = range(LOOK, limit + LOOK, LOOK) if ended and limit else [limit]
     for state in _states(params, config, batch, sampling, run, looks, return_scores, ended):
         pass
-    tokens = np.asarray(state.answers(sampling))[:, :limit]
-    scores = np.asarray(state.scores)[:, :limit] if return_scores and isinstance(state, Rows) else None
+    tokens = on_host(state.answers(sampling))[:, :limit]
+    scores = on_host(state.scores)[:, :limit] if return_scores and isinstance(state, Rows) else None
     return Generated(tokens, scores)
 
 
@@ -79,7 +79,7 @@ def stream(
         raise UserError("beams are only known at their end: leave num_beams at 1 to see tokens as they come")
     limit = sampling.max_new_tokens
     for state in _states(params, config, batch, sampling, run, range(every, limit + every, every), False, ended):
-        yield np.asarray(state.written[:, : min(int(state.step), limit)])
+        yield on_host(state.written[:, : min(int(state.step), limit)])
 
 
 def _states(
@@ -114,7 +114,7 @@ def _states(
         if crossing and int(state.step) <= crossing <= look:
             state = _advance(params, remembered, state, jnp.int32(crossing), config, static, run)
             if int(state.step) == crossing and bool(state.open):
-                again = pad_prompt(_extended(batch, np.asarray(state.written[:, :crossing])))
+                again = pad_prompt(_extended(batch, on_host(state.written[:, :crossing])))
                 state = _restart(params, divided(params, again), state, config, static, run)
         state = _advance(params, remembered, state, jnp.int32(look), config, static, run)
         if ended and isinstance(state, Rows):
@@ -184,7 +184,7 @@ def divided(params: Params, batch: Batch) -> Batch:
     mesh, shards = shards_of(params, batch.tokens.shape[0])
     if mesh is None or (media is not None and len(jax.tree.leaves(media)[0]) % shards):
         return batch
-    return jax.device_put(batch, batch_shardings(batch, mesh))
+    return jax.tree.map(placed, batch, batch_shardings(batch, mesh))
 
 
 def _crossing(config: DecoderConfig, longest: int) -> int:
@@ -198,7 +198,7 @@ def _crossing(config: DecoderConfig, longest: int) -> int:
 
 def _extended(batch: Batch, tokens: np.ndarray) -> Batch:
     """Left-padded prompts [rows, length] with what was written behind them, int [rows or rows * beams, n]."""
-    batch = repeated(jax.tree.map(np.asarray, batch), len(tokens) // len(batch.tokens))
+    batch = repeated(jax.tree.map(on_host, batch), len(tokens) // len(batch.tokens))
     following = np.asarray(batch.positions)[:, -1:] + np.arange(1, tokens.shape[1] + 1)
     more = {
         "tokens": tokens,
@@ -217,7 +217,7 @@ def _extended(batch: Batch, tokens: np.ndarray) -> Batch:
 
 def _cut(state: Rows, ended: Ended, pad: int) -> Rows:
     """The state without what stands behind the end of an answer, as `ended` sees it."""
-    tokens, finished, step = np.array(state.tokens), np.array(state.finished), int(state.step)
+    tokens, finished, step = on_host(state.tokens).copy(), on_host(state.finished).copy(), int(state.step)
     for row in range(len(tokens)):
         length = ended(tokens[row, :step])
         if length is not None:

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 import mmjax
@@ -16,11 +16,14 @@ from mmjax.config import Recipe
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
 from mmjax.export import save_adapters, without_adapters
+from mmjax.jobs.trained import trained
 from mmjax.model import Model
 from mmjax.models import multimodal, prompts
 from mmjax.models.adapters import leaves_of
 from mmjax.models.config import ModelConfig
 from mmjax.models.tuning_config import NoisePromptConfig
+from mmjax.parallel import cluster
+from mmjax.parallel.sharding import mesh_of, on_host, param_shardings
 from mmjax.results import record
 from mmjax.training.trainable import select
 
@@ -30,14 +33,14 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 def run(recipe: Recipe, workdir: Path) -> None:
     """Writes the directory that the recipe's `export` section describes."""
-    export(mmjax.load(workdir), recipe, workdir)
+    export(trained(recipe, workdir), recipe, workdir)
 
 
 def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
     """Writes the model, reads it back, compares logits and prompts, and returns the directory.
 
     An adapter alone (format "peft") is written over the published model that the recipe extends; where there is none, or where
-    more than adapters was trained, the rest of the model goes to `base` below it.
+    more than adapters was trained, the rest of the model goes to `base` below it. Of several processes all must call; process 0 writes.
     Raises UserError where the layout cannot hold the model, or where what comes back is not what went out.
     """
     settings = recipe.export
@@ -54,7 +57,9 @@ def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
     else:
         layout, dtype = settings.format, settings.dtype
         model.save_pretrained(path, layout=layout, dtype=dtype, merge_adapters=settings.merge_adapters)
-    again = mmjax.load(path, "float32", quantise=quantise)
+    cluster.wait("exported")
+    mesh = mesh_of(model.params) if cluster.several() else None
+    again = mmjax.load(path, "float32", quantise=quantise, shardings=param_shardings(model.params, mesh) if mesh else None)
     difference = logit_difference(model, again)
     allowed = TOLERANCE[settings.dtype or model.run.dtype]
     if not difference <= allowed:
@@ -66,8 +71,9 @@ def export(model: Model, recipe: Recipe, workdir: Path) -> Path:
         raise UserError(
             f"{path} was written, but read back a prompt becomes the ids {theirs} instead of {ours}: do not use it"
         )
-    record(workdir, {"export_logit_difference": difference})
-    print(f"{path}: {settings.format} layout; read back, the logits differ by at most {difference:.1e} of the largest")
+    if jax.process_index() == 0:
+        record(workdir, {"export_logit_difference": difference})
+        print(f"{path}: {settings.format} layout; read back, the logits differ by at most {difference:.1e} of the largest")
     return path
 
 
@@ -91,12 +97,12 @@ def logit_difference(model: Model, other: Model) -> float:
     places[0, 4 : 4 + media] = np.arange(media)
     images = rng.integers(0, 256, (1, 1, tower.image_size, tower.image_size, 3)) if tower and media else None
     batch = Batch(
-        tokens=jnp.asarray(tokens, jnp.int32),
-        segments=jnp.ones((1, length), jnp.int32),
-        positions=jnp.arange(length, dtype=jnp.int32)[None],
-        media=jnp.asarray(places, jnp.int32),
-        images=None if images is None else jnp.asarray(images, jnp.uint8),
-        task=jnp.zeros((1, length), jnp.int32),
+        tokens=tokens.astype(np.int32),
+        segments=np.ones((1, length), np.int32),
+        positions=np.arange(length, dtype=np.int32)[None],
+        media=places.astype(np.int32),
+        images=None if images is None else images.astype(np.uint8),
+        task=np.zeros((1, length), np.int32),
     )
     if model.config.media_beside:
         batch = _with_medium_beside(model.config, batch, rng)
@@ -108,18 +114,18 @@ def _with_medium_beside(config: ModelConfig, batch: Batch, rng: np.random.Genera
     """The batch with a random picture, or a noise embedding, beside its text."""
     noise = next((a for a in config.adapters if isinstance(a, NoisePromptConfig)), None)
     if noise is not None:
-        medium: dict[str, Any] = {"features": jnp.asarray(rng.normal(size=(1, 1, noise.length, noise.channels)), jnp.float32)}
+        medium: dict[str, Any] = {"features": rng.normal(size=(1, 1, noise.length, noise.channels)).astype(np.float32)}
     else:
         side = config.encoder.image_size
-        medium = {"images": jnp.asarray(rng.integers(0, 256, (1, 1, side, side, 3)), jnp.uint8)}
-    rows = {"row_media": jnp.zeros((1, 1), jnp.int32), "media_segments": jnp.ones((1, 1), jnp.int32)}
+        medium = {"images": rng.integers(0, 256, (1, 1, side, side, 3)).astype(np.uint8)}
+    rows = {"row_media": np.zeros((1, 1), np.int32), "media_segments": np.ones((1, 1), np.int32)}
     return dataclasses.replace(batch, **medium, **rows)
 
 
 def _logits(model: Model, batch: Batch) -> np.ndarray:
     batch = prompts.prepended(model.config, batch)
     states = multimodal.hidden(model.params, model.config, batch, model.run)
-    return np.asarray(multimodal.head(model.params, model.config, states))
+    return on_host(multimodal.head(model.params, model.config, states))
 
 
 def _prompt(model: Model) -> list[int] | None:

@@ -16,16 +16,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
-import mmjax
 from mmjax import config
 from mmjax.config import Recipe
 from mmjax.data import sources
 from mmjax.data.messages import BadSample, Sample
 from mmjax.errors import UserError
 from mmjax.inference.answering import answer
+from mmjax.jobs.trained import trained
 from mmjax.model import Model
+from mmjax.parallel import cluster
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +37,14 @@ def run(recipe: Recipe, workdir: Path) -> None:
     settings = recipe.generate
     if bool(settings.prompt) == bool(settings.input):
         raise UserError("give either generate.prompt (with generate.image, if there is one) or generate.input")
-    model = mmjax.load(workdir)
+    model = trained(recipe, workdir)
     if settings.input:
         output = Path(settings.output or workdir / "generated.jsonl")
         answer_file(model, settings, output)
-    else:
-        print(answer_one(model, settings))
+        return
+    text = answer_one(model, settings)
+    if jax.process_index() == 0:
+        print(text)
 
 
 def answer_one(model: Model, settings: config.Generate) -> str:
@@ -51,10 +55,14 @@ def answer_one(model: Model, settings: config.Generate) -> str:
 
 
 def answer_file(model: Model, settings: config.Generate, output: Path) -> None:
-    """Appends a line to `output` for each line of generate.input whose id is not there yet, a batch at a time."""
+    """Appends a line to `output` for each line of generate.input whose id is not there yet, a batch at a time. Several processes
+    answer together, and process 0 writes."""
     source = config.Source(kind="messages", path=settings.input, images=str(Path(settings.input).resolve().parent))
     dataset = sources.open(source)
-    done = answered_ids(output)
+    first = jax.process_index() == 0
+    with cluster.first_alone("answered"):
+        done = answered_ids(output)
+    cluster.wait("answered by all")  # before anything is written
     broken: list[BadSample] = []
     waiting = _waiting(dataset, done, broken)
     left = len(dataset) - len(done)
@@ -70,13 +78,15 @@ def answer_file(model: Model, settings: config.Generate, output: Path) -> None:
     )
     failed = 0
     with output.open("a") as file:
-        for sample, text in tqdm(answers, "generate", total=max(left, 0), disable=None, unit="sample"):
+        for sample, text in tqdm(answers, "generate", total=max(left, 0), disable=None if first else True, unit="sample"):
             failed += isinstance(text, BadSample)
-            _append(file, sample.id, text)
-        for error in broken:
+            if first:
+                _append(file, sample.id, text)
+        for error in broken if first else ():
             _append(file, error.id, error)
     failed += len(broken)
-    print(f"{output}: {len(answered_ids(output)) - len(done)} new, {len(done)} were there, {failed} could not be asked")
+    if first:
+        print(f"{output}: {len(answered_ids(output)) - len(done)} new, {len(done)} were there, {failed} could not be asked")
 
 
 def answered_ids(output: Path) -> set[str]:

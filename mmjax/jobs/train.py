@@ -30,12 +30,14 @@ from mmjax.model import Model
 from mmjax.models import modality_mixture, prefix, quantised
 from mmjax.models.adapters import leaves_of
 from mmjax.models.decoder import require_positions
-from mmjax.parallel.mesh import data_shards, divide_processor, make_mesh
+from mmjax.parallel import cluster
+from mmjax.parallel.mesh import data_shards, divide_processor, make_mesh, own_shards
 from mmjax.parallel.sharding import format_table, param_shardings, table
 from mmjax.results import record
-from mmjax.training.loop import Run, noting_sigterm, train
+from mmjax.training.loop import Run, train
 from mmjax.training.metrics import Journal
 from mmjax.training.optimizer import make_optimizer
+from mmjax.training.termination import noting_sigterm
 from mmjax.training.trainable import Selection, select, shapes
 
 if TYPE_CHECKING:
@@ -48,21 +50,25 @@ _FREE = ("validation", "attention", "remat", "unroll")
 
 
 def run(recipe: Recipe, workdir: Path) -> None:
-    """Trains, and leaves everything in the workdir. Raises UserError; SystemExit(143) after a SIGTERM."""
+    """Trains, and leaves everything in the workdir, which several processes share. Raises UserError; SystemExit(143) after a SIGTERM."""
     began = time.perf_counter()
-    _log_to_terminal()
     divide_processor(recipe.mesh)
     mesh = make_mesh(recipe.mesh)
+    _log_to_terminal()
     workdir.mkdir(parents=True, exist_ok=True)
-    check_same_run(recipe, workdir)
-    if jax.process_index() == 0:
-        write_recipe(recipe, workdir)
+    with cluster.first_alone("recipe"):
+        if first := jax.process_index() == 0:
+            check_same_run(recipe, workdir)
+            write_recipe(recipe, workdir)
+        elif not (workdir / "recipe.json").exists():
+            raise UserError(f"{workdir.resolve()} is not what it is for process 0: give a --workdir that all machines share.")
 
     model = assemble(recipe, workdir, functools.partial(param_shardings, mesh=mesh))
     _check_stages(recipe, model)
     for notice in modality_mixture.notices(model.config):
         log.warning("%s", notice)
-    (workdir / "sharding.txt").write_text(format_table(table(model.params, mesh)) + "\n")
+    if first:
+        (workdir / "sharding.txt").write_text(format_table(table(model.params, mesh)) + "\n")
 
     with noting_sigterm() as terminating:
         store = Store(workdir, recipe.checkpoint, model.bases)
@@ -82,14 +88,14 @@ def run(recipe: Recipe, workdir: Path) -> None:
         for name in ("loss", "validation_loss", "tokens_per_second", "samples_per_second", "mfu"):
             if line.get(name) is not None:
                 figures[f"{name}_{line['stage']}"] = line[name]
-    if jax.process_index() == 0:
+    if first:
         record(workdir, figures)
         drawing.losses(workdir / "losses.png", lines)
     if recipe.evaluations:
         evaluate(model, recipe, workdir)
-    if jax.process_index() == 0:
-        if recipe.export.after_training:
-            export(model, recipe, workdir)
+    if recipe.export.after_training:
+        export(model, recipe, workdir)
+    if first:
         write_card(model, recipe, workdir)
         record(workdir, {"seconds": time.perf_counter() - began})
         log.info("everything is in %s", workdir)
@@ -230,19 +236,19 @@ def _pipeline(stage: Stage, recipe: Recipe, model: Model, mesh: Mesh, workdir: P
             run=model.run,
             threads=recipe.loader.threads,
         )
-    return Pipeline(
-        stage,
-        datasets,
-        encoder,
-        processor if stage.tiles else None,
-        seed=recipe.seed,
-        loader=recipe.loader,
-        groups=data_shards(mesh) * stage.accumulate,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        features=features,
-        workdir=workdir,
-    )
+    with cluster.first_alone("lengths"):  # the others read the tables that process 0 has made
+        return Pipeline(
+            stage,
+            datasets,
+            encoder,
+            processor if stage.tiles else None,
+            seed=recipe.seed,
+            loader=recipe.loader,
+            shards=data_shards(mesh),
+            own=own_shards(mesh),
+            features=features,
+            workdir=workdir,
+        )
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase | None, ids: list[int]) -> str:
@@ -263,4 +269,5 @@ class _Terminal(logging.Handler):
 
 def _log_to_terminal() -> None:
     logging.basicConfig(handlers=[_Terminal()], format="%(message)s", level=logging.WARNING, force=True)
-    logging.getLogger("mmjax").setLevel(logging.INFO)
+    if jax.process_index() == 0:
+        logging.getLogger("mmjax").setLevel(logging.INFO)

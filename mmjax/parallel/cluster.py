@@ -1,6 +1,7 @@
 """Several processes as one run: how they find each other, wait for each other, and stop together.
 
     with joined(asked):                       jax.distributed runs inside, where there are other processes
+        several()                             whether there are
         with first_alone("tokenizer"): ...    process 0 does it, the others then find it on disk
         wait("results")                       nobody goes on before all have come here
         found = from_first("start", look)     process 0 looks, all hear what it found
@@ -116,6 +117,11 @@ def joined(asked: Asked) -> Iterator[None]:
         _stop(error)
 
 
+def several() -> bool:
+    """Whether there are other processes. Unlike jax.process_count() this does not ask for devices."""
+    return distributed.global_state.client is not None and distributed.global_state.num_processes > 1
+
+
 def wait(name: str) -> None:
     """Returns once all processes are here."""
     if (client := distributed.global_state.client) is not None:
@@ -207,6 +213,8 @@ def _initialize(asked: Asked) -> None:
     limit = threading.Timer(asked.start, give_up)
     limit.daemon = True
     limit.start()
+    # Or else jax would listen to SIGTERM for a service that is not used here (see mmjax.training.termination), and keep it from killing.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         if asked.coordinator is not None:
             named = asked.coordinator, asked.processes, asked.process
@@ -276,8 +284,13 @@ def _stop(error: BaseException) -> None:
 _LOST = ("Gloo", "UNAVAILABLE", "Connection", "oordination", "eartbeat", "NCCL", "DEADLINE_EXCEEDED", "arrier")
 
 
+_leaving = threading.Lock()
+
+
 def _leave(code: int, what: str) -> None:
-    """Ends the process. The one with the store stays until the others have read what is in it."""
+    """Ends the process, once. The one with the store stays until the others have read what is in it."""
+    if not _leaving.acquire(blocking=False):
+        threading.Event().wait()  # another thread is at it
     print(f"mmjax: {what}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()

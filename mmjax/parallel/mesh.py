@@ -61,6 +61,14 @@ def data_shards(mesh: jax.sharding.Mesh) -> int:
     return shards
 
 
+def own_shards(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
+    """The data shards of which this process has devices: it brings their rows. Where another axis (`tensor`, `sequence`, ...) goes
+    over several processes, these have the same shards and bring the same rows."""
+    by_shard = mesh.devices.reshape(data_shards(mesh), -1)  # the data axes are the first of AXES
+    own = jax.process_index()
+    return tuple(shard for shard, devices in enumerate(by_shard) if any(device.process_index == own for device in devices))
+
+
 def divide_processor(sizes: config.Mesh) -> None:
     """Makes `sizes.cpu_devices` devices of the processor. Nothing happens where XLA_FLAGS say how many there are, or once jax
     has looked for its devices."""

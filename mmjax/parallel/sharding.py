@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Callable
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mmjax import tree
 from mmjax.batch import Batch
 from mmjax.models import quantised
-from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards
+from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards, own_shards
 from mmjax.tree import Params
 
 # The first rule whose glob matches a leaf gives the axes of its last dimensions; those before them (the layer axis)
@@ -126,6 +128,48 @@ def batch_shardings(batch: Batch, mesh: Mesh) -> Batch:
         if getattr(batch, field.name) is not None
     }
     return Batch(**shardings)
+
+
+def from_own_rows(batch: Batch, mesh: Mesh) -> Batch:
+    """The batch on the devices of all processes, each of which brings the rows and media groups of its own data shards, in their order
+    (see own_shards), with all of their positions."""
+    own, shards = own_shards(mesh), data_shards(mesh)
+
+    def placed(sharding: NamedSharding, leaf: np.ndarray) -> jax.Array:
+        rows = len(leaf) // len(own)  # of a shard
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first = own.index((index[0].start or 0) // rows) * rows
+            return leaf[(slice(first, first + rows), *index[1:])]
+
+        return jax.make_array_from_callback((rows * shards, *leaf.shape[1:]), sharding, part)
+
+    return jax.tree.map(placed, batch_shardings(batch, mesh), batch)
+
+
+def placed(leaf: Any, sharding: Sharding) -> jax.Array:
+    """An array that every process has as a whole, or that is spread already, where it belongs.
+
+    Of a local array jax.device_put would compare all processes' copies, and where it is to be whole everywhere make (jax 0.10) one that
+    cannot be read back."""
+    if sharding.is_fully_addressable or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole of an array. Where other processes hold some of it, all of them must call."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable:
+        return np.asarray(array)
+    if not array.is_fully_replicated:
+        array = _everywhere(array.sharding.mesh)(array)  # type: ignore[attr-defined]
+    return np.asarray(array.addressable_data(0))
+
+
+@functools.lru_cache(maxsize=8)
+def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def shards_of(params: Params, rows: int) -> tuple[Mesh | None, int]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
+import json
 import logging
-import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -26,11 +24,13 @@ from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import as_bits, stored
 from mmjax.models.quantised import is_part
-from mmjax.parallel.sharding import batch_shardings, param_shardings
+from mmjax.parallel import cluster
+from mmjax.parallel.sharding import from_own_rows, param_shardings, placed
 from mmjax.training.metrics import Best, Board, Clock, Journal, Speed, format_line, parameter_table
 from mmjax.training.optimizer import make_optimizer, make_schedule
 from mmjax.training.state import State, init_state, state_shapes, state_shardings
 from mmjax.training.step import StepMetrics, make_eval_step, make_train_step
+from mmjax.training.termination import Agreement, Terminated
 from mmjax.training.trainable import join, select, split
 from mmjax.tree import Params
 
@@ -44,10 +44,6 @@ LAG = 2  # steps the host runs ahead of the metrics it reads, so that the device
 DEVICE_PREFETCH = 2  # batches on their way to the device
 
 
-class Terminated(SystemExit):
-    """The run was asked to stop (SIGTERM), and everything is saved."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What all stages of a run share."""
@@ -56,7 +52,7 @@ class Run:
     workdir: Path
     mesh: Mesh
     store: Store
-    terminating: list[bool]  # gets an element when SIGTERM arrives; see `noting_sigterm`
+    terminating: list[bool]  # gets an element when SIGTERM arrives; see mmjax.training.termination
 
 
 def train(
@@ -75,8 +71,10 @@ def train(
     """
     names = run.recipe.run
     found = run.store.resume(names)
-    for journal in _journals(run.workdir):
-        journal.rewind(names, found.stage if found else names[0], found.step if found else -1)
+    if jax.process_index() == 0:
+        for journal in _journals(run.workdir):
+            journal.rewind(names, found.stage if found else names[0], found.step if found else -1)
+    cluster.wait("journals")
     if found is not None:
         log.info("going on from %s", found.path)
         params = overlay(params, found, param_shardings(params, run.mesh))
@@ -91,6 +89,9 @@ def train(
         params = train_stage(run, name, acting, params, own, training, validation, here)
         own = own | set(trained)
     run.store.wait()
+    cluster.wait("trained")
+    if jax.process_index() == 0:
+        _journals(run.workdir)[1].gather()
     return params
 
 
@@ -118,23 +119,23 @@ def train_stage(
     selection = select(params, stage.trainable, f"{key}.trainable")
     log.info("stage %s\n%s", name, parameter_table(params, selection))
     shardings = param_shardings(params, run.mesh)
-    trainable, frozen = split(jax.device_put(params, shardings), selection, stage.param_dtype)
+    trainable, frozen = split(jax.tree.map(placed, params, shardings), selection, stage.param_dtype)
     frozen = hold(frozen, run.recipe.model.dtype, whole=set(selection.ranges))
     del params
 
     optimizer = make_optimizer(stage.optimizer, trainable, steps, f"{key}.optimizer")
     schedule = make_schedule(stage.optimizer, steps)
-    placed = state_shardings(trainable, optimizer, run.mesh)
+    places = state_shardings(trainable, optimizer, run.mesh)
     if found is None:
         state = init_state(trainable, optimizer, run.mesh)
     else:
-        moments = found.optimizer(state_shapes(trainable, optimizer).optimizer, placed.optimizer)
-        step = jax.device_put(jnp.asarray(start, jnp.int32), placed.step)
-        state = State(step, jax.device_put(trainable, placed.trainable), moments)
+        moments = found.optimizer(state_shapes(trainable, optimizer).optimizer, places.optimizer)
+        step = placed(np.asarray(start, np.int32), places.step)
+        state = State(step, jax.tree.map(placed, trainable, places.trainable), moments)
     del trainable
 
     seed = run.recipe.seed + run.recipe.run.index(name)
-    train_step = make_train_step(config, stage, selection, optimizer, schedule, run.mesh, placed, seed)
+    train_step = make_train_step(config, stage, selection, optimizer, schedule, run.mesh, places, seed)
     eval_step = make_eval_step(config, stage, selection, run.mesh) if validation else None
 
     def save(validation_loss: float | None = None, ended: bool = False) -> None:
@@ -142,15 +143,16 @@ def train_stage(
         run.store.save(name, done, state, kept, selection.ranges, ended=ended, validation_loss=validation_loss)
 
     # ---- what is said
+    first = jax.process_index() == 0
     metrics, skipped = _journals(run.workdir)
     best = Best()
     for line in metrics.read():
         if line["stage"] == name and line.get("validation_loss") is not None:
             best.see(line["validation_loss"])
-    if start == 0:
+    if start == 0 and first:  # what the tables of lengths have left out, which are the same everywhere
         for item in pipeline.skipped:
             skipped.write(name, 0, dataclasses.asdict(item))
-    board = Board(run.workdir / "tensorboard", name, start + 1) if run.recipe.logging.tensorboard else None
+    board = Board(run.workdir / "tensorboard", name, start + 1) if run.recipe.logging.tensorboard and first else None
     beside = stage.length if stage.objective == "contrastive" else run.recipe.model.connector.text_length
     cost = flops.training_flops(config, selection, stage.objective, beside)
     speed = Speed(cost, not stage.cache_features, window=max(RATE_STEPS, run.recipe.logging.every))
@@ -163,7 +165,7 @@ def train_stage(
         loss, finite = jax.device_get((values.loss, values.finite))
         speed.count(info, wait)
         if not finite:
-            raise UserError(_broken(name, step, info, values, float(loss)))
+            raise UserError(_broken(name, step, info, values, float(loss)))  # on all processes
         for item in info.skipped:
             skipped.write(name, step, dataclasses.asdict(item))
         if step % run.recipe.logging.every and step != steps and not validate:
@@ -179,7 +181,7 @@ def train_stage(
         if validate:
             with speed.pause():
                 figures["validation_loss"] = validate()
-        if jax.process_index() == 0:
+        if first:
             metrics.write(name, step, figures)
             if board:
                 board.write(step, figures)
@@ -197,13 +199,14 @@ def train_stage(
     # ---- the loop
     done = start
     waiting: collections.deque[tuple[int, Info, float, StepMetrics]] = collections.deque()
+    termination = Agreement(run.terminating, run.mesh)
     feed = _on_device(pipeline.batches(start), run.mesh)
     profiling = False
-    for done in tqdm(range(start + 1, steps + 1), name, steps, initial=start, disable=None, unit="step"):
+    for done in tqdm(range(start + 1, steps + 1), name, steps, initial=start, disable=None if first else True, unit="step"):
         asked = time.perf_counter()
         batch, info = next(feed)
         wait = time.perf_counter() - asked
-        if done == run.recipe.logging.profile_step:
+        if first and done == run.recipe.logging.profile_step:
             jax.profiler.start_trace(str(run.workdir / "profile"))
             profiling = True
 
@@ -219,7 +222,7 @@ def train_stage(
             profiling = False
 
         waiting.append((done, info, wait, values))
-        stopping = _asked_to_stop(run, done)
+        stopping = termination.reached()
         validating = validation is not None and (done % stage.validation.every == 0 or done == steps)
         saving = stopping or (run.recipe.checkpoint.every and done % run.recipe.checkpoint.every == 0)
         while len(waiting) > (1 if validating else 0 if saving or done == steps else LAG):
@@ -233,7 +236,7 @@ def train_stage(
             save(best.last if validating else None)
         if done < steps and stopping:
             run.store.close()
-            raise Terminated(128 + signal.SIGTERM)
+            raise Terminated
 
     # ---- the end of the stage
     feed.close()
@@ -247,36 +250,17 @@ def train_stage(
         board.close()
     if pipeline.skipped:
         log.warning("%s: %d samples were skipped; see %s", name, len(pipeline.skipped), skipped.path)
-    if run.terminating:
+    if termination.settled():
         run.store.close()
-        raise Terminated(128 + signal.SIGTERM)
+        raise Terminated
     return join(state.trainable, release(frozen), selection)
-
-
-@contextlib.contextmanager
-def noting_sigterm() -> Iterator[list[bool]]:
-    """Inside, SIGTERM is noted instead of killing: `train` saves and stops at the next step."""
-    terminating: list[bool] = []
-    before = signal.signal(signal.SIGTERM, lambda *_: terminating.append(True))
-    try:
-        yield terminating
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _asked_to_stop(run: Run, step: int) -> bool:
-    """Whether SIGTERM has arrived; with several processes, whether they have agreed on this step to stop at."""
-    if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point(step)
-    return bool(run.terminating)
 
 
 def _on_device(batches: Iterator[tuple[Batch, Info]], mesh: Mesh) -> Generator[tuple[Batch, Info], None, None]:
     """The batches, a few ahead, divided over the mesh. Each process brings the rows of its own data shards."""
     ahead: collections.deque[tuple[Batch, Info]] = collections.deque()
     for batch, info in batches:
-        shardings = batch_shardings(batch, mesh)
-        ahead.append((jax.tree.map(jax.make_array_from_process_local_data, shardings, batch), info))
+        ahead.append((from_own_rows(batch, mesh), info))
         if len(ahead) > DEVICE_PREFETCH:
             yield ahead.popleft()
     yield from ahead
@@ -303,21 +287,25 @@ def release(frozen: Params) -> Params:
 
 
 def _broken(name: str, step: int, info: Info, values: StepMetrics, loss: float) -> str:
-    """The message for a step whose loss or gradient is not finite, with the samples of the offending rows."""
+    """The message for a step whose loss or gradient is not finite, with the samples of the offending rows, whichever process brought
+    them. All processes must call."""
     local = {shard.index[0].start or 0: np.asarray(shard.data) for shard in values.losses.addressable_shards}
     losses = np.concatenate([local[start] for start in sorted(local)])
     per_entry = len(info.ids) // len(losses)  # rows for each entry: 1, or the rows of a group in classification
-    bad = [row for row in range(len(info.ids)) if not np.isfinite(losses[row // per_entry])]
-    ids = [id for row in bad or range(len(info.ids)) for id in info.ids[row]]
+    bad = [id for row, ids in enumerate(info.ids) for id in ids if not np.isfinite(losses[row // per_entry])]
+    every = [id for ids in info.ids for id in ids]
+    told = [json.loads(text) for text in cluster.gathered("broken", json.dumps([bad, every]))]
+    bad, every = ([*dict.fromkeys(id for of_process in told for id in of_process[kind])] for kind in (0, 1))
     what = f"the loss is {loss}" if not np.isfinite(loss) else "the loss is finite but its gradient is not"
     where = "in these samples" if bad else "in a step of these samples"
     return (
-        f"{name}, step {step}: {what}, {where}: {', '.join(ids)}. Nothing was changed by this step; the checkpoints are "
+        f"{name}, step {step}: {what}, {where}: {', '.join(bad or every)}. Nothing was changed by this step; the checkpoints are "
         f"from before it. Look at those samples, lower stages.{name}.optimizer.learning_rate, or set clip_norm."
     )
 
 
 def _journals(workdir: Path) -> tuple[Journal, Journal]:
-    """The figures of the steps, and the samples that were skipped (of this process)."""
+    """The figures of the steps, which process 0 writes, and the samples that were skipped: of process N > 0 in skipped-N.jsonl, until the
+    end of the training, or its next start, brings them together."""
     process = f"-{jax.process_index()}" if jax.process_index() else ""
-    return Journal(workdir / f"metrics{process}.jsonl"), Journal(workdir / f"skipped{process}.jsonl")
+    return Journal(workdir / "metrics.jsonl"), Journal(workdir / f"skipped{process}.jsonl")

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """A JSONL file whose lines carry `stage` and `step`, and which can be taken back to the step of a checkpoint."""
+    """A JSONL file whose lines carry `stage` and `step`, and which can be taken back to the step of a checkpoint. Other processes write
+    beside it, into NAME-N.jsonl."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -43,14 +44,27 @@ class Journal:
 
     def rewind(self, run: Sequence[str], stage: str, step: int) -> None:
         """Drops what lies beyond `step` of `stage`: the run is about to do it again."""
+        self.gather()
         done = run.index(stage)
         kept = [
             line
             for line in self.read()
             if line["stage"] not in run[done:] or (line["stage"] == stage and line["step"] <= step)
         ]
+        self._replace(kept)
+
+    def gather(self) -> None:
+        """Brings in what other processes have written, each line once."""
+        others = sorted(self.path.parent.glob(f"{self.path.stem}-*{self.path.suffix}"))
+        if others:
+            lines = [json.dumps(line) for journal in (self, *map(Journal, others)) for line in journal.read()]
+            self._replace([json.loads(line) for line in dict.fromkeys(lines)])
+        for other in others:
+            other.unlink()
+
+    def _replace(self, lines: Sequence[Mapping[str, Any]]) -> None:
         beside = self.path.with_suffix(".new")
-        beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        beside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         beside.replace(self.path)
 
     def write(self, stage: str, step: int, values: Mapping[str, Any]) -> None:
@@ -110,16 +124,16 @@ class Speed:
         first, *steps = self._done
         start, steps = (first[0], steps) if steps else (self._start, [first])
         seconds, infos = steps[-1][0] - start, [info for _, info, _ in steps]
-        processes, device = jax.process_count(), jax.devices()[0]
+        device = jax.devices()[0]
         values = {
             "step_seconds": seconds / len(steps),
-            "tokens_per_second": sum(info.tokens for info in infos) * processes / seconds,
-            "samples_per_second": sum(info.samples for info in infos) * processes / seconds,
+            "tokens_per_second": sum(info.tokens / info.share for info in infos) / seconds,
+            "samples_per_second": sum(info.samples / info.share for info in infos) / seconds,
             "padding": sum(info.padding for info in infos) / len(infos),
             "loader_wait": sum(wait for _, _, wait in steps) / seconds,
             "peak_memory": peak_memory(),
         }
-        done = sum(map(self._flops, infos)) * processes
+        done = sum(self._flops(info) / info.share for info in infos)
         mfu = flops.mfu(done, seconds, jax.device_count(), device.device_kind)
         return values if mfu is None else {**values, "mfu": mfu}
 

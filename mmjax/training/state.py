@@ -7,10 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mmjax.parallel.sharding import optimizer_shardings, param_shardings
+from mmjax.parallel.sharding import optimizer_shardings, param_shardings, placed
 from mmjax.tree import Params
 
 
@@ -30,8 +31,8 @@ class State:
 def init_state(trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> State:
     """The state before step 0. `trainable` is placed on the mesh and belongs to the state from here on."""
     shardings = state_shardings(trainable, optimizer, mesh)
-    trainable = jax.device_put(trainable, shardings.trainable)
-    step = jax.device_put(jnp.zeros((), jnp.int32), shardings.step)
+    trainable = jax.tree.map(placed, trainable, shardings.trainable)
+    step = placed(np.zeros((), np.int32), shardings.step)
     state = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
     return State(step, trainable, state)
 

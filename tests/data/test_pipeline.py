@@ -58,15 +58,15 @@ def encoder():
     return Encoder(tokenizer, templates.get("mistral_instruct", tokenizer), tokens_per_image=4)
 
 
-def pipeline(folder, encoder, *, loader=Loader(), sources_=None, processes=(0, 1), groups=1, seed=0, workdir=None, features=None,
+def pipeline(folder, encoder, *, loader=Loader(), sources_=None, shards=1, own=None, seed=0, workdir=None, features=None,
              processor=PROCESSOR, **stage):  # fmt: skip
     given = sources_ or {
         "mixed": Source(kind="messages", path=str(folder / "data.jsonl"), images=str(folder / "images.tar"))
     }
     stage = Stage(**{"rows": 8, "length": 160, "tiles": 4, "epochs": 1, "sources": given, **stage})
     datasets = {name: sources.open(source) for name, source in given.items()}
-    return Pipeline(stage, datasets, encoder, processor, seed=seed, loader=loader, groups=groups, process_index=processes[0],
-                    process_count=processes[1], features=features, workdir=workdir)  # fmt: skip
+    return Pipeline(stage, datasets, encoder, processor, seed=seed, loader=loader, shards=shards, own=own, features=features,
+                    workdir=workdir)  # fmt: skip
 
 
 def assert_same(some, others):
@@ -149,20 +149,17 @@ def test_worker_processes_measure_and_load_the_same(small, encoder, monkeypatch)
 
 
 def test_four_processes_hold_the_rows_of_one(small, encoder):
-    one = list(pipeline(small, encoder, groups=8, steps=6).batches())
-    four = [list(pipeline(small, encoder, groups=8, steps=6, processes=(p, 4)).batches()) for p in range(4)]
-    for step, (batch, info) in enumerate(one):
-        for row in range(8):
-            other, other_info = four[row % 4][step]
-            assert info.ids[row] == other_info.ids[row // 4]
-            for field in ("tokens", "segments", "positions", "media", "targets", "weights"):
-                np.testing.assert_array_equal(getattr(batch, field)[row], getattr(other, field)[row // 4])
-            np.testing.assert_array_equal(batch.images[row], other.images[row // 4])
-            np.testing.assert_array_equal(batch.tiles[row], other.tiles[row // 4])
+    one = list(pipeline(small, encoder, shards=4, accumulate=2, steps=6).batches())
+    for own in ((0,), (1,), (2, 3), (0, 3)):  # where another axis goes over processes, some have the same shards
+        rows = [2 * shard + i for shard in own for i in range(2)]
+        for (batch, info), (other, other_info) in zip(one, pipeline(small, encoder, shards=4, own=own, accumulate=2, steps=6).batches()):
+            assert [info.ids[row] for row in rows] == list(other_info.ids) and other_info.share == len(own) / 4
+            for field in ("tokens", "segments", "positions", "media", "targets", "weights", "images", "tiles"):
+                np.testing.assert_array_equal(getattr(batch, field)[rows], getattr(other, field))
 
 
 def test_a_rows_media_lie_in_its_own_group(small, encoder):
-    for batch, info in pipeline(small, encoder, groups=4).batches():
+    for batch, info in pipeline(small, encoder, shards=4).batches():
         assert batch.images.shape == (4, 8, 8, 8, 3)
         for row, ids in enumerate(info.ids):
             group = row // 2
@@ -241,7 +238,7 @@ def test_flips_are_drawn_anew_each_epoch_and_the_same_again(tmp_path, encoder):
 
 def test_classes_of_handwriting():
     source = Source(kind="digits", options={"task": "single", "size": 20})
-    loaded = pipeline(None, None, sources_={"d": source}, objective="classify", rows=4, tiles=2, groups=2)
+    loaded = pipeline(None, None, sources_={"d": source}, objective="classify", rows=4, tiles=2, shards=2)
     assert loaded.steps == 3
     for batch, info in loaded.batches():
         assert batch.tokens is None and batch.images.shape == (2, 4, 8, 8, 3)
@@ -280,7 +277,7 @@ def test_weights_choose_the_mixture(small, encoder):
 
 
 def test_what_cannot_be_shared_out_is_refused(small, encoder):
-    for options in ({"groups": 3}, {"processes": (0, 3)}, {"groups": 16}):
+    for options in ({"shards": 3}, {"shards": 4, "accumulate": 4}, {"shards": 16}):
         with pytest.raises(UserError, match="must be a multiple"):
             pipeline(small, encoder, **options)
     with pytest.raises(UserError, match="the sources mixed have images, but the model has no vision encoder"):

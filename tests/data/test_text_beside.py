@@ -78,7 +78,7 @@ def test_tiles_share_their_pictures_text_and_dummies_have_none():
 def test_a_stage_fills_them(objective):
     source = Source(kind="digits", options={"task": "caption", "size": 12})
     stage = Stage(objective=objective, rows=4, length=5 if objective == "contrastive" else 160, tiles=1, steps=1, sources={"scenes": source})
-    made = Pipeline(stage, {"scenes": sources.open(source)}, ENCODER, ImageProcessor(8, "squash"), seed=0, loader=Loader(), groups=2)
+    made = Pipeline(stage, {"scenes": sources.open(source)}, ENCODER, ImageProcessor(8, "squash"), seed=0, loader=Loader(), shards=2)
     ((batch, info),) = made.batches()
     assert batch.connector_tokens.shape == (2, 2, 5) and batch.tiles.all() and info.samples == 4
     assert (batch.tokens is None) == (objective == "contrastive") and batch.classes is None

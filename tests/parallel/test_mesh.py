@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import types
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from mmjax import config
 from mmjax.config import Recipe, to_config_dict
 from mmjax.errors import UserError
 from mmjax.main import _override
-from mmjax.parallel.mesh import AXES, arranged, data_shards, make_mesh
+from mmjax.parallel.mesh import AXES, arranged, data_shards, make_mesh, own_shards
 from mmjax.parallel.presets import PRESETS, mesh_sizes
 
 
@@ -75,3 +76,31 @@ def test_slices_are_parts_of_data():
     assert np.vectorize(lambda chip: chip.slice_index)(grid).reshape(4, -1).tolist() == [[0] * 8] * 2 + [[1] * 8] * 2
     with pytest.raises(UserError, match="2 slices, which do not divide data=1"):
         make_mesh(config.Mesh(data=1, fsdp=-1), chips)
+
+
+@pytest.mark.parametrize(
+    "sizes, processes, shards",
+    [
+        (dict(data=4), 2, [(0, 1), (2, 3)]),
+        (dict(data=2, fsdp=2), 4, [(0,), (1,), (2,), (3,)]),
+        (dict(data=2, tensor=2), 2, [(0,), (1,)]),
+        (dict(tensor=2), 2, [(0,), (0,)]),  # one shard over both: they bring the same rows
+        (dict(data=2, tensor=2), 4, [(0,), (0,), (1,), (1,)]),
+        (dict(fsdp=2, sequence=2), 4, [(0,), (0,), (1,), (1,)]),
+    ],
+)
+def test_a_process_brings_the_rows_of_its_devices_shards(monkeypatch, sizes, processes, shards):
+    shape = {axis: sizes.get(axis, 1) for axis in AXES}
+    count = int(np.prod(list(shape.values())))
+    devices = [types.SimpleNamespace(process_index=i * processes // count) for i in range(count)]
+    mesh = types.SimpleNamespace(shape=shape, devices=np.array(devices, object).reshape(*shape.values()))
+    for process, own in enumerate(shards):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        assert own_shards(mesh) == own
+
+
+def test_shards_may_lie_apart(monkeypatch):
+    devices = [types.SimpleNamespace(process_index=process) for process in (0, 1, 0, 1)]
+    mesh = types.SimpleNamespace(shape=dict(data=4, fsdp=1), devices=np.array(devices, object).reshape(4, 1, 1, 1, 1))
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    assert own_shards(mesh) == (1, 3)

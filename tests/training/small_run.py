@@ -17,7 +17,8 @@ from mmjax import config
 from mmjax.checkpoints.store import Store
 from mmjax.models.config import ModelConfig
 from mmjax.parallel.mesh import make_mesh
-from mmjax.training.loop import Run, noting_sigterm, train
+from mmjax.training.loop import Run, train
+from mmjax.training.termination import noting_sigterm
 from tests.training import tiny
 
 MODEL = ModelConfig(
@@ -79,6 +80,7 @@ class Data:
                 samples=4,
                 step=step,
                 skipped=skipped,
+                share=1.0,
             )
             yield dataclasses.replace(batch, images=None, tiles=None, media=None), info
 

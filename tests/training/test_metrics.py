@@ -25,7 +25,7 @@ def test_a_journal_goes_back_to_a_step_and_drops_what_a_kill_cut_short(tmp_path)
 
 
 def _info(tokens: int):
-    return types.SimpleNamespace(tokens=tokens, samples=2, padding=0.25, supervised=10, images=1, tiles=1, answers=0)
+    return types.SimpleNamespace(tokens=tokens, samples=2, padding=0.25, supervised=10, images=1, tiles=1, answers=0, share=1.0)
 
 
 def test_rates_are_of_the_steps_that_are_done():
