@@ -17,6 +17,7 @@ from mmjax.models.kernels import dropped
 from mmjax.models.layers import MLP, Linear, Norm, apply
 from mmjax.models.rope import rotate
 from mmjax.models.tuning_config import Adapters
+from mmjax.parallel.constraints import ANY, ROWS, constrain
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -110,11 +111,14 @@ class Attention(nn.Module):
         def project(states: jax.Array, adapted: bool = True) -> KeysValues:
             return heads("key", states, adapted), heads("value", states, adapted)
 
-        query, key, value = heads("query", x), heads("key", x), heads("value", x)
+        query, key, value = (
+            constrain(heads(name, x), self.run.mesh, ROWS, ANY, "tensor") for name in ("query", "key", "value")
+        )
         if around.rotation is not None:
             query, key = rotate(query, *around.rotation), rotate(key, *around.rotation)
         if around.store is not None:
             key, value = around.store(key, value)
+        key, value = (constrain(a, self.run.mesh, ROWS, None, "tensor") for a in (key, value))  # of all positions
         gated = []
         for port in around.ports.keys_values:
             extra = port(query, project)
@@ -269,7 +273,7 @@ class Block(nn.Module):
         def mlp(x: jax.Array) -> jax.Array:
             if c.experts is None:
                 shape = (c.mlp_width, c.width, c.activation, c.gated_mlp, c.mlp_bias)
-                return MLP(*shape, wide=c.wide_residual, name="mlp", **settings)(x)
+                return MLP(*shape, wide=c.wide_residual, mesh=self.run.mesh, name="mlp", **settings)(x)
             y, logits = MixtureOfExperts(c.experts, c.mlp_width, c.activation, self.run.mesh, name="mlp")(x)
             if around.route is not None:
                 around.route(logits)

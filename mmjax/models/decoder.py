@@ -27,6 +27,7 @@ from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
 from mmjax.models.tuning_config import Adapters, LoraConfig
+from mmjax.parallel.constraints import POSITIONS, ROWS, constrain
 
 Params = dict[str, Any]
 
@@ -116,7 +117,8 @@ def require_positions(config: DecoderConfig, count: int) -> None:
 
 def embed(params: Params, config: DecoderConfig, tokens: jax.Array, run: Execution, adapters: Adapters = ()) -> jax.Array:
     """Token embeddings: int [rows, length] -> [rows, length, input width]. Positions and the like are added by `decode`."""
-    table = params["embed"]["embedding"]
+    # Gathered over fsdp like any weight: of a table divided on its width, XLA would bring the looked-up rows of all devices together.
+    table = constrain(params["embed"]["embedding"], run.mesh, "tensor")
     if config.new_rows:
         x = new_rows.lookup(table, params["embed"]["new_rows"], config, tokens, run.dtype)
     else:
@@ -185,6 +187,7 @@ def decode(
     x = into_blocks(params, config, x, positions, token_types, is_media)
     if config.block.wide_residual:
         x = x.astype(jnp.float32)
+    x = constrain(x, run.mesh, ROWS, POSITIONS)
 
     def body(carry, layer, j, index, extra):
         x, keys, values = carry
@@ -213,7 +216,7 @@ def decode(
         )
         rngs = {"dropout": key} if key is not None else None
         entered = x if return_states else None
-        x = apply(block, layer, x, around, rngs=rngs)
+        x = constrain(apply(block, layer, x, around, rngs=rngs), run.mesh, ROWS, POSITIONS)
         return (x, *(stored or (keys, values))), (entered, routed[0] if routed else None, told)
 
     carry = (x, cache.keys, cache.values) if cache is not None else (x, None, None)

@@ -118,7 +118,7 @@ def cross(
     """x [rows, T, width] -> the same, with what it reads of the media (None: there are none)."""
     if memory is not None:
         x = x + _gate(params["cross_attention_gate"], x) * read(params, config, x, memory, adapters, run)
-    change = apply(_mlp(config.block, adapters), params["mlp"], apply(_norm(config.block), params["mlp_norm"], x))
+    change = apply(_mlp(config.block, adapters, run), params["mlp"], apply(_norm(config.block), params["mlp_norm"], x))
     return x + _gate(params["mlp_gate"], x) * change
 
 
@@ -191,5 +191,5 @@ def _norm(block: BlockConfig) -> Norm:
     return Norm(block.norm, block.norm_eps, block.norm_bias)
 
 
-def _mlp(block: BlockConfig, adapters: Adapters = ()) -> MLP:
-    return MLP(block.mlp_width, block.width, block.activation, block.gated_mlp, block.mlp_bias, adapters)
+def _mlp(block: BlockConfig, adapters: Adapters = (), run: Execution = Execution()) -> MLP:
+    return MLP(block.mlp_width, block.width, block.activation, block.gated_mlp, block.mlp_bias, adapters, mesh=run.mesh)

@@ -8,12 +8,14 @@ from typing import Any, Callable, Mapping
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmjax import tree
 from mmjax.models import linear_port
 from mmjax.models.block_config import Activation, NormKind
 from mmjax.models.kernels import matmul, wide_matmul
 from mmjax.models.tuning_config import Adapters
+from mmjax.parallel.constraints import ANY, ROWS, constrain
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -119,7 +121,7 @@ class Norm(nn.Module):
 
 
 class MLP(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated."""
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated; on a mesh the hidden channels are divided over `tensor`."""
 
     hidden: int
     out: int
@@ -129,6 +131,7 @@ class MLP(nn.Module):
     adapters: Adapters = ()
     deterministic: bool = True
     wide: bool = False  # the output is float32, whatever the input is
+    mesh: Mesh | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -140,4 +143,5 @@ class MLP(nn.Module):
             h = act(linear("gate", self.hidden)(x)) * linear("up", self.hidden)(x)
         else:
             h = act(linear("up", self.hidden)(x))
+        h = constrain(h, self.mesh, ROWS, *(ANY for _ in h.shape[1:-1]), "tensor")
         return linear("down", self.out, self.wide)(h)

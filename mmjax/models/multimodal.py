@@ -34,6 +34,7 @@ from mmjax.models.attention import Mask
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
 from mmjax.models.stitching import stitch
+from mmjax.parallel.constraints import POSITIONS, ROWS, constrain
 
 Params = dict[str, Any]
 
@@ -133,7 +134,8 @@ def encode_media(
         features = stitch(config.features.stitching, features, batch.grids)
     features = features.astype(run.dtype)
     leaves = adapters.bound(params, config, "connector")
-    return connectors.connect(leaves, config.connector, features, config.adapters, run, features.ndim == 5, connector_text(batch))
+    media = connectors.connect(leaves, config.connector, features, config.adapters, run, features.ndim == 5, connector_text(batch))
+    return constrain(media, run.mesh, ROWS)
 
 
 def connector_text(batch: Batch) -> qformer.Text | None:
@@ -171,12 +173,13 @@ def embed(
         media = jnp.concatenate([media, jnp.broadcast_to(newline, (groups, 1, width))], 1)
     index = batch.media.reshape(groups, -1)
     picked = jax.vmap(lambda rows, i: rows[i])(media, jnp.maximum(index, 0))
-    return jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x)
+    return constrain(jnp.where(batch.media[..., None] >= 0, picked.reshape(x.shape), x), run.mesh, ROWS, POSITIONS)
 
 
 def embed_tokens(params: Params, config: ModelConfig, tokens: jax.Array, run: Execution) -> jax.Array:
     """Token embeddings alone: int [rows, length] -> [rows, length, LLM width]."""
-    return decoder.embed(adapters.bound(params, config, "llm", len(tokens)), config.language, tokens, run, config.adapters)
+    x = decoder.embed(adapters.bound(params, config, "llm", len(tokens)), config.language, tokens, run, config.adapters)
+    return constrain(x, run.mesh, ROWS, POSITIONS)
 
 
 def crossed_media(

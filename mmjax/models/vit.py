@@ -22,6 +22,7 @@ from mmjax.models.layers import ACTIVATIONS, MLP, Linear, Norm, apply, fan_in_no
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
 from mmjax.models.tuning_config import Adapters
+from mmjax.parallel.constraints import ROWS, constrain
 
 Params = dict[str, Any]
 Plugs = tuple[ports.Plug, ...]
@@ -217,11 +218,13 @@ def run_blocks(
     """The first `layers` blocks: the last state [n, tokens, width] and, to `keep`, those behind each block, stacked. Of what is plugged in
     alone anything is dropped."""
     block = Block(config.block, adapters, run=run)
+    x = constrain(x, run.mesh, ROWS)
     around = Surroundings(_mask(pictures, x.shape[1]), _rotation(config, pictures))
 
     def body(x, layer, j, index, extra):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
         x = apply(block, layer, x, dataclasses.replace(around, ports=ports.bind(plugs, extra, key)))
+        x = constrain(x, run.mesh, ROWS)
         return x, x if keep else None
 
     return run_stack(body, x, params["layers"], layers=layers, extras=ports.extras(params, plugs, 1, layers), run=run)

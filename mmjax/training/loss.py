@@ -7,11 +7,13 @@ from typing import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmjax.batch import Batch
 from mmjax.models import adapters, image_text, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.experts import balance_loss
+from mmjax.parallel.constraints import POSITIONS, ROWS, constrain
 from mmjax.training.distillation import noise_loss
 from mmjax.tree import Params
 
@@ -49,6 +51,7 @@ def language_loss(
         vocab=config.llm.vocab_size,
         groups=groups,
         smoothing=smoothing,
+        mesh=run.mesh,
     )
     if noise_distillation:
         extra = noise_loss(params, config, batch, noise_distillation)
@@ -111,6 +114,7 @@ def cross_entropy(
     vocab: int,
     groups: int,
     smoothing: float = 0.0,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Weighted cross-entropy of `head(hidden)`, summed over each row.
 
@@ -120,6 +124,7 @@ def cross_entropy(
     groups   of neighbouring rows; in each the supervised positions are moved to the front, so that nothing crosses the
              boundary of a data shard. Logits exist for one chunk of positions at a time, and are made again in the
              backward pass; a chunk without supervised positions costs nothing.
+    mesh     whose `sequence` parts each take their part of a chunk, and whose `tensor` parts theirs of its logits
     """
     rows, length, width = hidden.shape
     count = rows // groups * length
@@ -137,18 +142,18 @@ def cross_entropy(
         return values.reshape(groups, chunks, size, *values.shape[2:]).swapaxes(0, 1)
 
     inputs = (
-        in_chunks(_permute(hidden.reshape(groups, count, width), order, inverse)),
+        in_chunks(_permute(constrain(hidden.reshape(groups, count, width), mesh, ROWS), order, inverse)),
         in_chunks(jnp.take_along_axis(targets.reshape(groups, count), order, axis=1)),
         in_chunks(jnp.take_along_axis(grouped_weights, order, axis=1)),
     )
 
     @jax.checkpoint
     def chunk_losses(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax.lax.cond(
-            jnp.any(weights != 0),
-            lambda: _nll(head(hidden), targets, smoothing) * weights,
-            lambda: jnp.zeros(weights.shape, jnp.float32),
-        )
+        def supervised() -> jax.Array:
+            logits = head(constrain(hidden, mesh, ROWS, POSITIONS))
+            return _nll(constrain(logits, mesh, ROWS, POSITIONS, "tensor"), targets, smoothing) * weights
+
+        return jax.lax.cond(jnp.any(weights != 0), supervised, lambda: jnp.zeros(weights.shape, jnp.float32))
 
     _, losses = jax.lax.scan(lambda _, chunk: (None, chunk_losses(*chunk)), None, inputs)
     losses = losses.swapaxes(0, 1).reshape(groups, chunks * size)[:, :count]

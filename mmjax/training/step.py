@@ -94,6 +94,7 @@ def make_train_step(
                 return jax.tree.map(lambda sum, new: sum + new.astype(sum.dtype), total, (loss, gradients)), found
 
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), state.trainable)
+            zeros = jax.lax.with_sharding_constraint(zeros, shardings.trainable)
             micro_batches = jax.tree.map(lambda leaf: _cut(leaf, accumulate, shards, mesh), batch)
             (loss, gradients), (losses, parts) = jax.lax.scan(
                 add, (jnp.float32(0), zeros), (jnp.arange(accumulate), micro_batches)
@@ -104,6 +105,7 @@ def make_train_step(
         weight = total_weight(batch)
         scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
         gradients = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) * scale, gradients)
+        gradients = jax.lax.with_sharding_constraint(gradients, shardings.trainable)
         norm = optax.global_norm(gradients)
         loss = loss * scale
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)

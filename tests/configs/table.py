@@ -90,12 +90,12 @@ def written(readme: str) -> str:
 
 def trained(recipe: Recipe, config: ModelConfig) -> dict[str, int]:
     """Parameters that each stage trains."""
-    params = _shapes(config)
+    params = shapes(config)
     return {name: select(params, recipe.stages[name].trainable, name).count(params) for name in recipe.run}
 
 
 @functools.lru_cache
-def _shapes(config: ModelConfig) -> multimodal.Params:
+def shapes(config: ModelConfig) -> multimodal.Params:
     return multimodal.shapes(config)
 
 
