@@ -45,9 +45,7 @@ def run(recipe: Recipe, workdir: Path) -> None:
     print(_table(["part", "parameters", f"bytes in {recipe.model.dtype}"], _part_rows(params, recipe.model.dtype)))
     rows = []
     for name in recipe.run:
-        stage, beside = recipe.stages[name], recipe.model.connector.text_length
-        picture = _picture(recipe, config) if stage.tiled else None
-        figured = stage_figures(config.without(stage.idle), params, stage, recipe.model.dtype, f"stages.{name}", picture, beside)
+        figured = stage_figures_of(recipe, config, name)
         figures |= {f"{key}_{name}": value for key, value in figured.items()}
         rows.append([name, *(_shown(key, value) for key, value in figured.items())])
     print(_table(["stage", *(key.replace("_", " ") for key in _COLUMNS)], rows))
@@ -115,6 +113,13 @@ _COLUMNS = (
     "flops_per_sample",
     "flops_per_step",
 )
+
+
+def stage_figures_of(recipe: Recipe, config: ModelConfig, name: str) -> dict[str, float]:
+    """`stage_figures` of a recipe's stage."""
+    stage, beside = recipe.stages[name], recipe.model.connector.text_length
+    picture = _picture(recipe, config) if stage.tiled else None
+    return stage_figures(config.without(stage.idle), multimodal.shapes(config), stage, recipe.model.dtype, f"stages.{name}", picture, beside)
 
 
 def _picture(recipe: Recipe, config: ModelConfig) -> tuple[int, int] | None:

@@ -73,8 +73,11 @@ class StagePlan:
         return self.needed <= self.target.chip.hbm and not (self.compiled and self.compiled.refused)
 
 
-def plan_stage(recipe: Recipe, name: str, config: ModelConfig, target: Target, sizes: recipes.Mesh, flops_per_row: float) -> StagePlan:
-    """Compiles the stage's step for the target, where there is a compiler for it. Raises UserError where the mesh does not fit it."""
+def plan_stage(
+    recipe: Recipe, name: str, config: ModelConfig, target: Target, sizes: recipes.Mesh, flops_per_row: float, compare: bool = True
+) -> StagePlan:
+    """Compiles the stage's step for the target, where there is a compiler for it, and, to `compare`, the same without Pallas kernels.
+    Raises UserError where the mesh does not fit it."""
     mesh = mesh_for(target, sizes)
     prepared = prepare(recipe, name, config, mesh)
     rows = prepared.stage.rows
@@ -88,7 +91,7 @@ def plan_stage(recipe: Recipe, name: str, config: ModelConfig, target: Target, s
     program = Program(made.text)
     found = estimate(program, target, flops_per_row * rows)
     plain = None
-    if found.kernel_flops:
+    if found.kernel_flops and compare:
         stage = dataclasses.replace(prepared.stage, attention="xla")
         other = compile_step(recipe, name, dataclasses.replace(prepared, stage=stage), mesh)
         plain = other.needed, None if other.refused else estimate(Program(other.text), target, flops_per_row * rows)
