@@ -95,14 +95,13 @@ def plan(case: Case) -> dict[str, Any]:
 
 
 def mesh_of(recipe: Recipe, name: str, config: Any, devices: int) -> recipes.Mesh:
-    """See the module's docstring; the experts of a mixture are divided first."""
-    experts = config.llm.block.experts.count if config.llm and config.llm.block.experts else 1
+    """See the module's docstring."""
     rows = recipe.stages[name].rows
     for tensor in (1, 2, 4, 8):
-        fsdp = devices // (tensor * experts)
+        fsdp = devices // tensor
         if -(-rows // fsdp) * fsdp <= ROWS * rows:
             break
-    return recipes.Mesh(data=1, fsdp=fsdp, tensor=tensor, expert=experts)
+    return recipes.Mesh(data=1, fsdp=fsdp, tensor=tensor)
 
 
 def main(arguments: list[str]) -> int:

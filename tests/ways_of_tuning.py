@@ -102,10 +102,13 @@ def draw(rows: list[dict], path: Path) -> None:
     """Right answers over trained parameters, one point a way."""
     figure = Figure((8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for row in rows:
+    labelled: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: -row["accuracy"]):
         x, y = max(row["trainable"], 1), 100 * row["accuracy"]
         axes.errorbar([x], [y], [[y - 100 * row["low"]], [100 * row["high"] - y]], fmt="o", color=BLUE, ecolor=PALE, capsize=2)
-        axes.annotate(row["way"], (x, y), (5, 4), textcoords="offset points", color=INK, fontsize=8)
+        near = any(0.7 < x / other < 1.4 and above - y < 1.2 for other, above in labelled)  # its name goes to the other side
+        axes.annotate(row["way"], (x, y), (-5, -8) if near else (5, 4), textcoords="offset points", ha="right" if near else "left", color=INK, fontsize=8)
+        labelled.append((x, y))
     axes.set(xscale="log", xlabel="trained parameters", ylabel="right answers, %")
     axes.grid(color=RULE)
     axes.spines[["top", "right"]].set_visible(False)
