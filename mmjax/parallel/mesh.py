@@ -23,6 +23,12 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     `devices` may be those of a topology that is only described. Raises UserError where the sizes do not fit the number of devices."""
     devices = jax.devices() if devices is None else list(devices)
     slices = len({_slice(device) for device in devices})
+    shape = axis_sizes(sizes, len(devices), slices)
+    return jax.sharding.Mesh(arranged(tuple(shape.values()), devices, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(sizes: config.Mesh, devices: int, slices: int = 1) -> dict[str, int]:
+    """The sizes of all axes on so many devices in so many slices. Raises UserError where they do not fit."""
     shape = {axis: getattr(sizes, axis) for axis in AXES}
     shape["data"] = shape["data"] or slices
     given = 1
@@ -31,13 +37,13 @@ def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -
     rest = [axis for axis, size in shape.items() if size == -1]
     if len(rest) > 1 or any(size < 1 and size != -1 for size in shape.values()):
         raise UserError(f"mesh: sizes are 1 or more, and one of them may be -1; not {shape}.")
-    if len(devices) % given or (not rest and given != len(devices)):
-        raise UserError(f"mesh: {shape} does not fit {len(devices)} devices.")
+    if devices % given or (not rest and given != devices):
+        raise UserError(f"mesh: {shape} does not fit {devices} devices.")
     for axis in rest:
-        shape[axis] = len(devices) // given
+        shape[axis] = devices // given
     if shape["data"] % slices:
         raise UserError(f"mesh: the devices are in {slices} slices, which do not divide data={shape['data']}.")
-    return jax.sharding.Mesh(arranged(tuple(shape.values()), devices, slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return shape
 
 
 def arranged(shape: tuple[int, ...], devices: Sequence[jax.Device], slices: int = 1) -> np.ndarray:

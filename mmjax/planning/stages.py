@@ -13,10 +13,10 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from mmjax import config as recipes
 from mmjax import tree
 from mmjax.config import Recipe, Stage
-from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
-from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards, make_mesh
+from mmjax.parallel.mesh import DATA_AXES, axis_sizes, data_shards, make_mesh
+from mmjax.parallel.presets import AXES
 from mmjax.planning.chips import Target
 from mmjax.planning.compiled import Arguments, Compiled, compile_step, prepare
 from mmjax.planning.estimate import Estimate, estimate
@@ -112,13 +112,7 @@ def mesh_for(target: Target, sizes: recipes.Mesh) -> Any:
     """The mesh of a target's devices, or, where there are none to compile for, one without devices."""
     if target.devices is not None:
         return make_mesh(sizes, target.devices)
-    shape = {axis: getattr(sizes, axis) for axis in AXES}
-    rest = [axis for axis, size in shape.items() if size == -1]
-    given = math.prod(size for size in shape.values() if size != -1)
-    if target.count % given or len(rest) > 1 or (not rest and given != target.count):
-        raise UserError(f"mesh: {shape} does not fit the {target.count} devices of {target.name}.")
-    for axis in rest:
-        shape[axis] = target.count // given
+    shape = axis_sizes(sizes, target.count)
     return AbstractMesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
