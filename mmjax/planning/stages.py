@@ -152,8 +152,11 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
     config, stage = prepared.config, prepared.stage
     rows = stage.rows // (data_shards(mesh) * stage.accumulate)
     if config.llm is not None:
-        kept = (config.llm.layers, rows, stage.length // mesh.shape["sequence"], config.llm.block.width)
-        known[_bare(kept)] = "what each layer of the language model reads, kept for the gradient"
+        width, length = config.llm.block.width, stage.length // mesh.shape["sequence"]
+        for own in (length, length // mesh.shape["tensor"]):  # the stream between blocks is divided over `tensor`, too
+            known[_bare((config.llm.layers, rows, own, width))] = "what each layer of the language model reads, kept for the gradient"
+        for chunk in (n for n in range(1, rows * length + 1) if rows * length % n == 0):
+            known.setdefault(_bare((rows * length // chunk, chunk, width)), "the last states, a chunk of positions after another")
     if isinstance(config.vision, ViTConfig):
         for extra in (config.vision.positions, config.vision.positions + config.vision.prefix):
             kept = (config.vision.layers, rows * stage.tiles, extra, config.vision.block.width)
