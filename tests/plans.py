@@ -1,7 +1,7 @@
 """Plans every recipe at its published size for slices of TPUs, and keeps what comes of it in launch/plans.json and launch/plans.md.
 
     python -m tests.plans                     # what is not in launch/plans.json yet (hours on a small machine; it may be stopped at any time)
-    python -m tests.plans llava15 vila:40b    # some recipes, anew
+    python -m tests.plans llava15 "vila:40b v5p:4x4x8"    # some recipes, or one on one slice, anew
     python -m tests.plans --table             # launch/plans.md from launch/plans.json
 
 The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, too; nothing is run. The mesh is `fsdp` over all chips, and as
@@ -112,7 +112,7 @@ def main(arguments: list[str]) -> int:
     known = json.loads(DATA.read_text()) if DATA.exists() else {"versions": {}, "plans": {}}
     for case in cases() if not chosen.table else ():
         key = f"{case.name} {case.topology}"
-        if (chosen.recipes and case.name not in chosen.recipes) or (not chosen.recipes and key in known["plans"]):
+        if (chosen.recipes and not {case.name, key} & set(chosen.recipes)) or (not chosen.recipes and key in known["plans"]):
             continue
         print(f"\n{key}", flush=True)
         began = time.perf_counter()
