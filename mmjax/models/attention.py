@@ -112,7 +112,7 @@ def attention(
         backend = _choice(query, key, mask, bias, mesh)
     elif backend == "splash":
         refused = splash.refusal(query, key, mask, bias)
-        if refused or not _on_tpu(mesh):
+        if refused or not on_tpu(mesh):
             raise ValueError(f"the splash attention backend {_cannot(refused)}; choose attention='auto' or 'xla'")
     if backend == "splash":
         return splash.attention(query, key, value, mask, softcap=softcap, scale=scale, mesh=mesh)
@@ -130,7 +130,7 @@ def attention(
 
 def _choice(query: jax.Array, key: jax.Array, mask: Mask, bias: jax.Array | None, mesh: Mesh | None) -> str:
     """What "auto" is here, by the devices that the arrays will live on, which need not be those of this process."""
-    if not _on_tpu(mesh):
+    if not on_tpu(mesh):
         return "xla"
     refused = splash.refusal(query, key, mask, bias)
     if refused is None and min(query.shape[1], key.shape[1]) < splash.LANES:
@@ -141,7 +141,7 @@ def _choice(query: jax.Array, key: jax.Array, mask: Mask, bias: jax.Array | None
     return "xla" if refused else "splash"
 
 
-def _on_tpu(mesh: Mesh | None) -> bool:
+def on_tpu(mesh: Mesh | None) -> bool:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     return device.platform == "tpu"
 

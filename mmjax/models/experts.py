@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from mmjax.models.attention import on_tpu
 from mmjax.models.block_config import Activation, Experts
 from mmjax.models.kernels import Kernel, matmul, stored
 from mmjax.models.layers import ACTIVATIONS, held_kernel
 from mmjax.parallel.mesh import DATA_AXES, data_shards
+
+LANES = 128  # of a TPU
 
 
 class MixtureOfExperts(nn.Module):
@@ -43,7 +46,7 @@ class MixtureOfExperts(nn.Module):
         )
         tokens = x.reshape(-1, width)
         weights, chosen = weights.reshape(len(tokens), -1), chosen.reshape(len(tokens), -1)
-        run = partial(_run, activation=self.activation)
+        run = partial(_run, activation=self.activation, tpu=on_tpu(self.mesh))
         if self.mesh is None or self.mesh.size == 1:
             y = run(tokens, weights, chosen, *kernels)
         else:
@@ -80,6 +83,7 @@ def _run(
     down: Kernel,
     *,
     activation: Activation,
+    tpu: bool = False,
     first: jax.Array | int = 0,
 ) -> jax.Array:
     """What experts first, first + 1, ... (those of the kernels) add to each token, [tokens, width].
@@ -93,8 +97,8 @@ def _run(
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
     x = tokens[order // k]
-    h = ACTIVATIONS[activation](grouped(x, gate, sizes)) * grouped(x, up, sizes)
-    y = grouped(h, down, sizes) * weights.reshape(-1)[order][:, None]
+    h = ACTIVATIONS[activation](grouped(x, gate, sizes, tpu)) * grouped(x, up, sizes, tpu)
+    y = grouped(h, down, sizes, tpu) * weights.reshape(-1)[order][:, None]
     y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
     return jnp.zeros_like(tokens).at[order // k].add(y)
 
@@ -103,13 +107,37 @@ def _count(kernels: Kernel) -> int:
     return jax.tree.leaves(kernels)[0].shape[0]
 
 
-@jax.checkpoint
-def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array) -> jax.Array:
-    """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out].
+@partial(jax.checkpoint, static_argnums=3)
+def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False) -> jax.Array:
+    """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out], 0 behind them.
 
-    Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.kernels.matmul).
+    Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.kernels.matmul). On a TPU the
+    kernels' gradient is a Pallas kernel's, where n is a multiple of 128: XLA would multiply all rows with each expert's mask.
     """
-    return jax.lax.ragged_dot(x, stored(kernels).astype(x.dtype), sizes)
+    dense = stored(kernels).astype(x.dtype)
+    return tiled(x, dense, sizes) if tpu and len(x) % LANES == 0 else jax.lax.ragged_dot(x, dense, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tiled(x: jax.Array, kernels: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
+    """`grouped` of dense kernels; n is a multiple of 128. `interpret` runs the backward pass without a TPU, slowly."""
+    return jax.lax.ragged_dot(x, kernels, sizes)
+
+
+def _tiled_forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array, interpret: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return jax.lax.ragged_dot(x, kernels, sizes), (x, kernels, sizes)
+
+
+def _tiled_backward(interpret: bool, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # takes a while to import
+
+    x, kernels, sizes = kept
+    rows = next(rows for rows in (512, 256, LANES) if len(x) % rows == 0)
+    of_kernels = tgmm(x.swapaxes(0, 1), gradient, sizes, kernels.dtype, (rows, 512, 512), interpret=interpret)
+    return jax.lax.ragged_dot(gradient, kernels.swapaxes(1, 2), sizes), of_kernels, None
+
+
+tiled.defvjp(_tiled_forward, _tiled_backward)
 
 
 def balance_loss(logits: jax.Array, real: jax.Array, chosen: int) -> jax.Array:

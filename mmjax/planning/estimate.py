@@ -72,13 +72,23 @@ def estimate(program: Program, target: Target, model_flops: float) -> Estimate:
 
 
 def flops_of(kernel: Kernel) -> float:
-    """FLOPs of an attention kernel (splash) in all its runs, from the shapes of queries and keys: so many products of scores' size, as its
-    name says: forwards 2, gradients of the queries 3, of keys and values 4. Where it computes its mask from positions, which it is then
-    handed beside the segments, it is causal, and blocks above the diagonal are left out."""
-    ranked = [shape for kind, shape in kernel.operands if kind in ("bf16", "f32") and len(shape) >= 3]
-    if len(ranked) < 2:
+    """FLOPs of a Pallas kernel in all its runs, from its name and the shapes of its operands. Raises ValueError for one that is not known here."""
+    shapes = [shape for kind, shape in kernel.operands if kind in ("bf16", "f32")]
+    if kernel.name.startswith("%splash"):
+        return _attention(kernel, *[shape for shape in shapes if len(shape) >= 3][:2])
+    if kernel.name.startswith("%ragged-dot-metadata"):
         return 0.0
-    query, key = ranked[0], ranked[1]
+    if kernel.name.startswith("%ragged-dot"):  # [n, in] times [experts, in, out], each row with one expert's
+        return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * kernel.count
+    if kernel.name.startswith("%tgmm"):  # [n, in] and [n, out]: the gradient of experts [in, out]
+        return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * kernel.count
+    raise ValueError(f"the Pallas kernel {kernel.name} is not known to mmjax.planning.estimate.flops_of: say there what it computes")
+
+
+def _attention(kernel: Kernel, query: tuple[int, ...], key: tuple[int, ...]) -> float:
+    """Of the splash kernel: so many products of scores' size, as its name says: forwards 2, gradients of the queries 3, of keys and values
+    4. Where it computes its mask from positions, which it is then handed beside the segments, it is causal, and blocks above the
+    diagonal are left out."""
     products = 4 if "dkv" in kernel.name else 3 if "dq" in kernel.name else 2
     integers = sum(kind == "s32" for kind, _ in kernel.operands)
     grids = [shape for kind, shape in kernel.operands if kind == "s8" and len(shape) == 3]

@@ -42,7 +42,7 @@ class StagePlan:
 
     rows        of the step: stage.rows, or the next number that the mesh divides
     held        bytes of trained and frozen parameters, optimizer state and batch, from shapes and their shardings
-    plain       of the same step without Pallas kernels, (bytes per device, estimate); None where it has none; no estimate where that does not fit
+    plain       of the same step with attention as XLA has it, (bytes per device, estimate); None where it has none; no estimate where that does not fit
     costs       the dearest operations: (operation, share of the compiler's cycles)
     open_loops  loops that count as one turn, since the data decide how often they turn
     """

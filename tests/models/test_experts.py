@@ -11,7 +11,7 @@ from mmjax import config
 from mmjax.inference.generate import Sampling, generate
 from mmjax.models.block_config import Experts
 from mmjax.models.config import Execution
-from mmjax.models.experts import MixtureOfExperts, balance_loss
+from mmjax.models.experts import MixtureOfExperts, balance_loss, tiled
 from mmjax.parallel.mesh import make_mesh
 from mmjax.parallel.sharding import mesh_of, param_shardings
 from tests.training import tiny
@@ -92,3 +92,17 @@ def test_generation_on_a_mesh():
     placed = jax.device_put(params, param_shardings(params, mesh))
     divided = generate(placed, MODEL, prompt, Sampling(max_new_tokens=6), Execution(mesh=mesh_of(placed))).tokens
     assert mesh_of(placed) is mesh and np.array_equal(alone, divided)
+
+
+@pytest.mark.parametrize("sizes", [(100, 0, 56, 100), (0, 30, 20, 0)])
+def test_gradients_of_the_tpu_kernel_equal_those_of_the_plain_product(sizes):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernels, weights = (jax.random.normal(key, shape) for key, shape in zip(keys, [(256, 24), (4, 24, 40), (256, 40)]))
+    real = (jnp.arange(256) < sum(sizes))[:, None]
+
+    def gradients(product):
+        return jax.grad(lambda x, kernels: (product(x, kernels, jnp.array(sizes)) * weights * real).sum(), (0, 1))(x, kernels)
+
+    plain, tiles = gradients(jax.lax.ragged_dot), gradients(lambda *inputs: tiled(*inputs, True))
+    for found, expected in zip(tiles, plain):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
