@@ -155,8 +155,8 @@ def _without_kernels(plan: StagePlan) -> str:
     assert plan.plain is not None
     size, other = plan.plain
     if other is None:
-        return f"  without Pallas kernels it does not fit: {_gib(size)} GiB"
-    return f"  without Pallas kernels: {_gib(size)} GiB, computation {other.compute:.3f} s, MFU {other.mfu(other.compute):.1%} of it"
+        return f"  without Pallas attention it does not fit: {_gib(size)} GiB"
+    return f"  without Pallas attention: {_gib(size)} GiB, computation {other.compute:.3f} s, MFU {other.mfu(other.compute):.1%} of it"
 
 
 def _verdict(plan: StagePlan) -> str:
