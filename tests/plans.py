@@ -4,7 +4,7 @@
     python -m tests.plans llava15 "vila:40b v5p:4x4x8"    # some recipes, or one on one slice, anew
     python -m tests.plans --table             # launch/plans.md from launch/plans.json
 
-The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, too; nothing is run. The mesh is `fsdp` over all chips, and as
+The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, and some for slices that suit their batches; nothing is run. The mesh is `fsdp` over all chips, and as
 much `tensor` (at most 8) as it takes for the step's rows to be not much more than the recipe's. Some recipes are also planned without
 Pallas kernels, and with texts of 16,384 tokens.
 """
@@ -56,7 +56,8 @@ class Case:
 def cases() -> list[Case]:
     systems = [(name, "") for name in expand.systems()]
     names = [f"{name}:{argument}".rstrip(":") for name, argument in (*systems, *MORE)]
-    large = [Case(name, topology) for name in ("mixtral", *names, "llava15@16k") for topology in SLICES]
+    fewer = [Case(name, "v5p:2x4x4") for name in ("vila:40b", "idefics:80b")]  # of a size that suits their batches
+    large = fewer + [Case(name, topology) for name in ("mixtral", *names, "llava15@16k") for topology in SLICES]
     return large + [Case(name, "v5e:2x4") for name in SMALL]
 
 

@@ -17,7 +17,7 @@ from mmjax.models.kernels import dropped
 from mmjax.models.layers import MLP, Linear, Norm, apply
 from mmjax.models.rope import rotate
 from mmjax.models.tuning_config import Adapters
-from mmjax.parallel.constraints import ANY, ROWS, constrain
+from mmjax.parallel.constraints import ANY, POSITIONS, ROWS, constrain
 
 KeysValues = tuple[jax.Array, jax.Array]
 
@@ -244,7 +244,8 @@ class Block(nn.Module):
 
         def before(name: str, x: jax.Array) -> jax.Array:
             y = x if c.norm_place == "after" else norm(f"{name}_norm")(x)
-            return y.astype(self.run.dtype) if c.wide_residual else y
+            y = y.astype(self.run.dtype) if c.wide_residual else y
+            return constrain(y, self.run.mesh, ROWS, POSITIONS)  # once for all Linears that read it
 
         def read(name: str, x: jax.Array) -> jax.Array:
             """What a sublayer reads of what stands behind its norm."""

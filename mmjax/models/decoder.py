@@ -27,7 +27,7 @@ from mmjax.models.position_bias import alibi_bias, relative_bias
 from mmjax.models.rope import rotation
 from mmjax.models.stack import init_stack, run_stack
 from mmjax.models.tuning_config import Adapters, LoraConfig
-from mmjax.parallel.constraints import POSITIONS, ROWS, constrain
+from mmjax.parallel.constraints import ROWS, STREAM, constrain
 
 Params = dict[str, Any]
 
@@ -187,7 +187,7 @@ def decode(
     x = into_blocks(params, config, x, positions, token_types, is_media)
     if config.block.wide_residual:
         x = x.astype(jnp.float32)
-    x = constrain(x, run.mesh, ROWS, POSITIONS)
+    x = constrain(x, run.mesh, ROWS, STREAM)
 
     def body(carry, layer, j, index, extra):
         x, keys, values = carry
@@ -216,7 +216,7 @@ def decode(
         )
         rngs = {"dropout": key} if key is not None else None
         entered = x if return_states else None
-        x = constrain(apply(block, layer, x, around, rngs=rngs), run.mesh, ROWS, POSITIONS)
+        x = constrain(apply(block, layer, x, around, rngs=rngs), run.mesh, ROWS, STREAM)
         return (x, *(stored or (keys, values))), (entered, routed[0] if routed else None, told)
 
     carry = (x, cache.keys, cache.values) if cache is not None else (x, None, None)

@@ -51,11 +51,18 @@ class MixtureOfExperts(nn.Module):
             y = run(tokens, weights, chosen, *kernels)
         else:
             divisible = x.shape[0] % data_shards(self.mesh) == 0
-            rows, own = PartitionSpec(DATA_AXES if divisible else None), PartitionSpec("expert")
+            rows = PartitionSpec(DATA_AXES if divisible else None)
+            # Gathered over fsdp by hand, so that their gradients are scattered over it: of kernels that come in whole, those would be whole, too.
+            cut = tuple(_axis_over_fsdp(kernel, axis, self.mesh) for kernel, axis in zip(kernels, (1, 1, 2)))
+
+            def own(tokens: jax.Array, weights: jax.Array, chosen: jax.Array, *parts: Kernel) -> jax.Array:
+                first = jax.lax.axis_index("expert") * _count(parts[0])
+                return jax.lax.psum(run(tokens, weights, chosen, *parts, first=first, cut=cut), "expert")
+
             y = jax.shard_map(
-                lambda *inputs: jax.lax.psum(run(*inputs, first=jax.lax.axis_index("expert") * _count(inputs[3])), "expert"),
+                own,
                 mesh=self.mesh,
-                in_specs=(rows,) * 3 + (own,) * 3,
+                in_specs=(rows,) * 3 + tuple(_over_fsdp(axis) for axis in cut),
                 out_specs=rows,
                 axis_names={"expert", *DATA_AXES},
                 check_vma=False,
@@ -85,11 +92,12 @@ def _run(
     activation: Activation,
     tpu: bool = False,
     first: jax.Array | int = 0,
+    cut: tuple[int | None, ...] = (None, None, None),
 ) -> jax.Array:
     """What experts first, first + 1, ... (those of the kernels) add to each token, [tokens, width].
 
     tokens [tokens, width]; weights and chosen [tokens, k]; kernels [experts, in, out]. Each token is copied once for each expert it
-    chose, the copies are sorted by expert, and each expert multiplies its own run of them.
+    chose, the copies are sorted by expert, and each expert multiplies its own run of them. `cut`: see `grouped`.
     """
     experts, k = _count(gate), chosen.shape[1]
     local = chosen.reshape(-1) - first
@@ -97,24 +105,38 @@ def _run(
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
     x = tokens[order // k]
-    h = ACTIVATIONS[activation](grouped(x, gate, sizes, tpu)) * grouped(x, up, sizes, tpu)
-    y = grouped(h, down, sizes, tpu) * weights.reshape(-1)[order][:, None]
+    h = ACTIVATIONS[activation](grouped(x, gate, sizes, tpu, cut[0])) * grouped(x, up, sizes, tpu, cut[1])
+    y = grouped(h, down, sizes, tpu, cut[2]) * weights.reshape(-1)[order][:, None]
     y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
     return jnp.zeros_like(tokens).at[order // k].add(y)
+
+
+def _axis_over_fsdp(kernel: Kernel, axis: int, mesh: Mesh) -> int | None:
+    """The axis of a kernel [experts, in, out] that is divided over `fsdp` (see mmjax.parallel.sharding); None where it is not."""
+    return axis if isinstance(kernel, jax.Array) and kernel.shape[axis] % mesh.shape["fsdp"] == 0 else None
+
+
+def _over_fsdp(axis: int | None) -> PartitionSpec:
+    """Of a kernel whose experts are divided over `expert` and this axis over `fsdp`."""
+    return PartitionSpec("expert") if axis is None else PartitionSpec("expert", *(None for _ in range(axis - 1)), "fsdp")
 
 
 def _count(kernels: Kernel) -> int:
     return jax.tree.leaves(kernels)[0].shape[0]
 
 
-@partial(jax.checkpoint, static_argnums=3)
-def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False) -> jax.Array:
+@partial(jax.checkpoint, static_argnums=(3, 4))
+def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, cut: int | None = None) -> jax.Array:
     """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out], 0 behind them.
 
-    Checkpointed so that the kernels' cast to x's dtype is made again in the backward pass (see mmjax.models.kernels.matmul). On a TPU the
+    cut   the axis of the kernels of which each device of `fsdp` holds its own part
+
+    Checkpointed so that the kernels are cast to x's dtype, and gathered, again in the backward pass (see mmjax.models.kernels.matmul). On a TPU the
     kernels' gradient is a Pallas kernel's, where n is a multiple of 128: XLA would multiply all rows with each expert's mask.
     """
     dense = stored(kernels).astype(x.dtype)
+    if cut is not None:
+        dense = jax.lax.all_gather(dense, "fsdp", axis=cut, tiled=True)
     return tiled(x, dense, sizes) if tpu and len(x) % LANES == 0 else jax.lax.ragged_dot(x, dense, sizes)
 
 

@@ -12,6 +12,7 @@ from mmjax.parallel.mesh import DATA_AXES
 
 ROWS = DATA_AXES  # of a batch, or groups of tiles
 POSITIONS = "sequence"  # of a text
+STREAM = ("sequence", "tensor")  # positions between sublayers, which are alike in all of them (arXiv 2205.05198, sequence parallelism)
 ANY: Any = PartitionSpec.UNCONSTRAINED  # however XLA has it
 
 

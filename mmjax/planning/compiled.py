@@ -85,10 +85,10 @@ def compiled(function: Any, shapes: Sequence[Any]) -> Compiled:
     try:
         program = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        found = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+        found = re.search(r"Used ([\d.]+[KMGT]) of [\d.]+[KMGT] hbm|HLO temporaries \(([\d.]+[KMGT])\) exceeds", str(error))
         if not found:
             raise
-        return Compiled("", {}, _bytes(found[1]), str(error), time.perf_counter() - began)
+        return Compiled("", {}, _bytes(found[1] or found[2]), str(error), time.perf_counter() - began)
     stats = program.memory_analysis()
     memory = {
         "arguments": stats.argument_size_in_bytes,
