@@ -44,30 +44,24 @@ class MixtureOfExperts(nn.Module):
                 ("down", (self.hidden, width)),
             )
         )
-        tokens = x.reshape(-1, width)
-        weights, chosen = weights.reshape(len(tokens), -1), chosen.reshape(len(tokens), -1)
         run = partial(_run, activation=self.activation, tpu=on_tpu(self.mesh))
         if self.mesh is None or self.mesh.size == 1:
-            y = run(tokens, weights, chosen, *kernels)
-        else:
-            divisible = x.shape[0] % data_shards(self.mesh) == 0
-            rows = PartitionSpec(DATA_AXES if divisible else None)
-            # Gathered over fsdp by hand, so that their gradients are scattered over it: of kernels that come in whole, those would be whole, too.
-            cut = tuple(_axis_over_fsdp(kernel, axis, self.mesh) for kernel, axis in zip(kernels, (1, 1, 2)))
+            return run(x, weights, chosen, *kernels), logits
+        mesh = self.mesh
+        # Gathered over fsdp by hand, so that their gradients are scattered over it: of kernels that come in whole, those would be whole, too.
+        cut = tuple(_divided(kernel, axis, mesh, "fsdp") for kernel, axis in zip(kernels, (1, 1, 2)))
+        hidden = tuple(_divided(kernel, axis, mesh, "tensor") for kernel, axis in zip(kernels, (2, 2, 1)))
+        sums = ("expert", "tensor") if hidden[0] is not None else ("expert",)
 
-            def own(tokens: jax.Array, weights: jax.Array, chosen: jax.Array, *parts: Kernel) -> jax.Array:
-                first = jax.lax.axis_index("expert") * _count(parts[0])
-                return jax.lax.psum(run(tokens, weights, chosen, *parts, first=first, cut=cut), "expert")
+        def own(x: jax.Array, weights: jax.Array, chosen: jax.Array, *parts: Kernel) -> jax.Array:
+            first = jax.lax.axis_index("expert") * _count(parts[0])
+            return jax.lax.psum(run(x, weights, chosen, *parts, first=first, cut=cut), sums)
 
-            y = jax.shard_map(
-                own,
-                mesh=self.mesh,
-                in_specs=(rows,) * 3 + tuple(_over_fsdp(axis) for axis in cut),
-                out_specs=rows,
-                axis_names={"expert", *DATA_AXES},
-                check_vma=False,
-            )(tokens, weights, chosen, *kernels)
-        return y.reshape(x.shape), logits
+        rows = DATA_AXES if x.shape[0] % data_shards(mesh) == 0 else None
+        tokens = PartitionSpec(rows, "sequence" if x.shape[1] % mesh.shape["sequence"] == 0 else None)
+        specs = tuple(_spec(*axes) for axes in zip(cut, hidden))
+        y = jax.shard_map(own, mesh=mesh, in_specs=(tokens,) * 3 + specs, out_specs=tokens, check_vma=False)(x, weights, chosen, *kernels)
+        return y, logits
 
 
 class _Kernel(nn.Module):
@@ -82,7 +76,7 @@ class _Kernel(nn.Module):
 
 
 def _run(
-    tokens: jax.Array,
+    x: jax.Array,
     weights: jax.Array,
     chosen: jax.Array,
     gate: Kernel,
@@ -94,31 +88,32 @@ def _run(
     first: jax.Array | int = 0,
     cut: tuple[int | None, ...] = (None, None, None),
 ) -> jax.Array:
-    """What experts first, first + 1, ... (those of the kernels) add to each token, [tokens, width].
+    """What experts first, first + 1, ... (those of the kernels) add to each token, [rows, T, width].
 
-    tokens [tokens, width]; weights and chosen [tokens, k]; kernels [experts, in, out]. Each token is copied once for each expert it
-    chose, the copies are sorted by expert, and each expert multiplies its own run of them. `cut`: see `grouped`.
+    x [rows, T, width]; weights and chosen [rows, T, k]; kernels [experts, in, out]; `cut`: see `grouped`. Each token is copied once for each
+    expert it chose, the copies are sorted by expert, and each expert multiplies its own run of them.
     """
+    tokens, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
     experts, k = _count(gate), chosen.shape[1]
     local = chosen.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < experts), local, experts)  # those of other shards come last
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
-    x = tokens[order // k]
-    h = ACTIVATIONS[activation](grouped(x, gate, sizes, tpu, cut[0])) * grouped(x, up, sizes, tpu, cut[1])
+    copies = tokens[order // k]
+    h = ACTIVATIONS[activation](grouped(copies, gate, sizes, tpu, cut[0])) * grouped(copies, up, sizes, tpu, cut[1])
     y = grouped(h, down, sizes, tpu, cut[2]) * weights.reshape(-1)[order][:, None]
     y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
-    return jnp.zeros_like(tokens).at[order // k].add(y)
+    return jnp.zeros_like(tokens).at[order // k].add(y).reshape(x.shape)
 
 
-def _axis_over_fsdp(kernel: Kernel, axis: int, mesh: Mesh) -> int | None:
-    """The axis of a kernel [experts, in, out] that is divided over `fsdp` (see mmjax.parallel.sharding); None where it is not."""
-    return axis if isinstance(kernel, jax.Array) and kernel.shape[axis] % mesh.shape["fsdp"] == 0 else None
+def _divided(kernel: Kernel, axis: int, mesh: Mesh, over: str) -> int | None:
+    """`axis`, where this axis of a kernel [experts, in, out] is divided over that of the mesh (see mmjax.parallel.sharding), else None."""
+    return axis if isinstance(kernel, jax.Array) and kernel.shape[axis] % mesh.shape[over] == 0 else None
 
 
-def _over_fsdp(axis: int | None) -> PartitionSpec:
-    """Of a kernel whose experts are divided over `expert` and this axis over `fsdp`."""
-    return PartitionSpec("expert") if axis is None else PartitionSpec("expert", *(None for _ in range(axis - 1)), "fsdp")
+def _spec(fsdp: int | None, tensor: int | None) -> PartitionSpec:
+    """Of a kernel whose experts are divided over `expert`, and these axes of it over `fsdp` and `tensor`."""
+    return PartitionSpec("expert", *({fsdp: "fsdp", tensor: "tensor"}.get(axis) for axis in (1, 2)))
 
 
 def _count(kernels: Kernel) -> int:
