@@ -4,9 +4,10 @@
     python -m tests.plans llava15 "vila:40b v5p:4x4x8"    # some recipes, or one on one slice, anew
     python -m tests.plans --table             # launch/plans.md from launch/plans.json
 
-The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, and some for slices that suit their batches; nothing is run. The mesh is `fsdp` over all chips (half of them, and `data`, on v5p:4x4x8), and as
-much `tensor` (at most 8) as it takes for the step's rows to be not much more than the recipe's. Some recipes are also planned without
-Pallas kernels, and with texts of 16,384 tokens.
+The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, and some for slices that suit
+their batches; nothing is run. The mesh is `fsdp` over all chips (half of them, and `data`, on v5p:4x4x8), and as much `tensor` (at most 8) as
+it takes for the step's rows to be not much more than the recipe's. Some recipes are also planned without Pallas attention, and with texts of
+16,384 tokens.
 """
 
 from __future__ import annotations
