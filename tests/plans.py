@@ -70,7 +70,7 @@ def recipe_of(name: str) -> Recipe:
     recipe = from_config_dict(expand.config(*(name.split(":") + [""])[:2]))
     if long:
         last = recipe.run[-1]
-        recipe.stages[last] = dataclasses.replace(recipe.stages[last], length=16384, rows=16)
+        recipe.stages[last] = dataclasses.replace(recipe.stages[last], length=16384, rows=64)
     return recipe
 
 
