@@ -108,8 +108,10 @@ def attention(
 
 
 def _block(length: int) -> int:
-    """The size of the blocks that `length` positions are cut into: what is computed of padding against what small blocks cost."""
-    return min(BLOCKS, key=lambda block: _whole(length, block) * (1 + LANES / block))
+    """The size of the blocks that `length` positions are cut into: the largest that need no padding, which would be a copy of everything; else
+    what is computed of padding against what small blocks cost."""
+    exact = [block for block in BLOCKS if block >= 256 and length % block == 0]
+    return max(exact) if exact else min(BLOCKS, key=lambda block: _whole(length, block) * (1 + LANES / block))
 
 
 def _whole(length: int, block: int) -> int:

@@ -23,6 +23,7 @@ from mmjax.planning.estimate import Estimate, estimate
 from mmjax.planning.hlo import Program
 
 LEAST = 2**20  # bytes of a buffer that is worth a word
+PADDED = 1.3  # times its positions, that an encoder's texts of patches may have in whole blocks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,14 +131,32 @@ def _large(program: Program, prepared: Arguments, mesh: Mesh) -> list[Large]:
     leaves = tree.flatten(prepared.frozen) | tree.flatten(prepared.state.trainable)
     stacks = [leaf.sharding.shard_shape(leaf.shape) for path, leaf in leaves.items() if tree.is_stacked(path)]
     least = max([2.0 * math.prod(shape) for shape in stacks] + [LEAST])
-    known = _known(prepared, mesh)
-    positions = _positions(prepared, mesh)
+    known, most = _known(prepared, mesh), _most(prepared, mesh)
+    depths = {leaf.shape[0] for path, leaf in leaves.items() if tree.is_stacked(path)}
     found: dict[tuple[str, str], Large] = {}
     for op, size, kind in program.large(least):
         shape = _bare(int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n)
-        why = known.get(shape) or ("activations of one layer" if positions & set(shape) else "")
+        why = known.get(shape, "")
+        if not why and shape[0] not in depths and math.prod(shape) <= most:
+            why = "activations of one layer"
+        elif not why and shape[0] in depths and math.prod(shape[1:]) <= most and prepared.stage.remat != "full":
+            why = f"activations of all layers, kept for the gradient (remat={prepared.stage.remat})"
         found.setdefault((why, kind), Large(op, size, kind, why))
     return list(found.values())
+
+
+def _most(prepared: Arguments, mesh: Mesh) -> float:
+    """The most numbers that activations of one layer have on a device."""
+    config, stage = prepared.config, prepared.stage
+    rows = stage.rows // (data_shards(mesh) * stage.accumulate)
+    sizes = [0.0]
+    if (llm := config.llm) is not None:
+        copies = llm.block.experts.chosen if llm.block.experts else 1
+        sizes.append(rows * stage.length * copies * max(llm.block.width, llm.block.mlp_width))
+    if isinstance(config.vision, ViTConfig):
+        block, positions = config.vision.block, config.vision.positions + config.vision.prefix
+        sizes.append(PADDED * rows * stage.tiles * positions * max(block.width, block.mlp_width))
+    return max(sizes)
 
 
 def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
@@ -164,20 +183,6 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
     for path, leaf in tree.flatten(prepared.state.trainable).items():
         known[_bare(leaf.sharding.shard_shape(leaf.shape))] = f"of {path}, which is trained: its gradient, moments or new values"
     return known
-
-
-def _positions(prepared: Arguments, mesh: Mesh) -> set[int]:
-    """Numbers of positions that activations have on a device."""
-    config, stage = prepared.config, prepared.stage
-    rows = stage.rows // (data_shards(mesh) * stage.accumulate)
-    length = stage.length // mesh.shape["sequence"]
-    counts = [stage.length, length, rows * length, rows * stage.length]
-    if isinstance(config.vision, ViTConfig):
-        own = {config.vision.positions, config.vision.positions + config.vision.prefix}
-        counts += [n * tiles for n in own for tiles in (1, rows * stage.tiles)]
-    if config.connector is not None:
-        counts += [config.connector.tokens, config.connector.tokens * rows * stage.tiles]
-    return {count for count in counts if count >= 64}
 
 
 def _bare(shape: Iterable[int]) -> tuple[int, ...]:
