@@ -18,24 +18,24 @@ from mmjax.tree import Params
 
 # The first rule whose glob matches a leaf gives the axes of its last dimensions; those before them (the layer axis)
 # stay whole. Linears that widen are divided on their output, those that narrow back on their input, so that a block
-# needs one reduction over `tensor` in attention and one in the MLP.
+# needs one reduction over `tensor` in attention and one in the MLP. Of a LoRA the rank is divided over what its kernel's side leaves.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("**/embed/embedding", ("tensor", "fsdp")),
     ("**/head/kernel", ("fsdp", "tensor")),
     ("**/{query,key,value,gate,up}/kernel", ("fsdp", "tensor")),
     ("**/{query,key,value,gate,up}/bias", ("tensor",)),
     ("**/{query,key,value,gate,up}/adapters/**/lora_a", ("fsdp", None)),
-    ("**/{query,key,value,gate,up}/adapters/**/lora_b", (None, "tensor")),
+    ("**/{query,key,value,gate,up}/adapters/**/lora_b", ("fsdp", "tensor")),
     ("**/{query,key,value,gate,up}/adapters/**/{lora_magnitude,lora_bias,ia3,affine_bias,bias}", ("tensor",)),
     ("**/{query,key,value,gate,up}/adapters/*/kernel", ("fsdp", "tensor")),
     ("**/embed/adapters/*/embedding", ("tensor", "fsdp")),
-    ("**/embed/adapters/**/lora_a", ("tensor", None)),
+    ("**/embed/adapters/**/lora_a", ("tensor", "fsdp")),
     ("**/embed/adapters/**/lora_b", (None, "fsdp")),
     ("**/head/adapters/*/kernel", ("fsdp", "tensor")),
     ("**/head/adapters/**/lora_a", ("fsdp", None)),
-    ("**/head/adapters/**/lora_b", (None, "tensor")),
+    ("**/head/adapters/**/lora_b", ("fsdp", "tensor")),
     ("**/{output,down}/kernel", ("tensor", "fsdp")),
-    ("**/{output,down}/adapters/**/lora_a", ("tensor", None)),
+    ("**/{output,down}/adapters/**/lora_a", ("tensor", "fsdp")),
     ("**/{output,down}/adapters/**/lora_b", (None, "fsdp")),
     ("**/{output,down}/adapters/**/ia3_input", ("tensor",)),
     ("**/{output,down}/adapters/*/kernel", ("tensor", "fsdp")),

@@ -103,6 +103,8 @@ def test_no_rows_are_brought_together(name, mesh):
 
 
 if __name__ == "__main__":
+    import tests.conftest  # noqa: F401  (eight devices)
+
     for name in MODELS:
         for mesh in [*MESHES][1:]:
             if "expert" not in mesh or name == "mixtral":

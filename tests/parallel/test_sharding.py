@@ -29,7 +29,7 @@ def test_every_leaf_is_covered_and_divided_as_its_layer_needs(mesh, shapes):
     assert specs["llm/layers/attention/query/kernel"] == PartitionSpec(None, "fsdp", "tensor")
     assert specs["llm/layers/attention/output/kernel"] == PartitionSpec(None, "tensor", "fsdp")
     assert specs["llm/layers/mlp/down/kernel"] == PartitionSpec(None, "tensor", "fsdp")
-    assert specs["llm/layers/mlp/up/adapters/tune/lora_b"] == PartitionSpec(None, None, "tensor")
+    assert specs["llm/layers/mlp/up/adapters/tune/lora_b"] == PartitionSpec(None, "fsdp", "tensor")
     assert specs["llm/layers/attention_norm/scale"] == PartitionSpec(None, None)
     assert specs["llm/embed/embedding"] == PartitionSpec("tensor", "fsdp")
     assert specs["vision/layers/mlp/up/bias"] == PartitionSpec(None, "tensor")
