@@ -109,9 +109,9 @@ def attention(
 
 def _block(length: int) -> int:
     """The size of the blocks that `length` positions are cut into: the largest that need no padding, which would be a copy of everything; else
-    what is computed of padding against what small blocks cost."""
+    what is computed of padding, in queries and in keys, against what small blocks cost."""
     exact = [block for block in BLOCKS if block >= 256 and length % block == 0]
-    return max(exact) if exact else min(BLOCKS, key=lambda block: _whole(length, block) * (1 + LANES / block))
+    return max(exact) if exact else min(BLOCKS, key=lambda block: _whole(length, block) ** 2 * (1 + LANES / block))
 
 
 def _whole(length: int, block: int) -> int:

@@ -44,6 +44,10 @@ class StepMetrics:
     parts: dict[str, jax.Array]
 
 
+# XLA:TPU would cut large products with gathered weights into a loop of thin ones, that the gathering can run beside: at these widths thin
+# products cost several times what the gathering does.
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+
 TrainStep = Callable[[State, Params, Batch], tuple[State, StepMetrics]]
 Losses = tuple[jax.Array, dict[str, jax.Array]]
 EvalStep = Callable[[Params, Params, Batch], tuple[jax.Array, jax.Array]]
@@ -123,7 +127,8 @@ def make_train_step(
         metrics = StepMetrics(loss, weight, norm, schedule(state.step), finite, losses, parts)
         return State(state.step + 1, trainable, moments), metrics
 
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None))
+    options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 
 def make_eval_step(config: ModelConfig, stage: Stage, selection: Selection, mesh: Mesh) -> EvalStep:
