@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mmjax import config as recipes
 from mmjax import published, qformer_weights, tree, vocabulary
@@ -78,10 +79,10 @@ def assemble(recipe: Recipe, workdir: Path, shardings: Shardings | None = None) 
             bases[getattr(section, part).path] = published.fingerprint(source.directory)
     if config.connector is not None and config.connector.kind == "qformer":
         if section.connector.path or section.connector.bert:
-            loaded.append(qformer_weights.load(section.connector, config.connector, recipe.seed))
+            loaded.append(qformer_weights.load(section.connector, config.connector, recipe.seed, places))
     elif section.connector.path and config.connector is not None:
-        loaded.append(load_connector(section.connector.path, config.connector))
-    params = _completed(recipe, config, tree.merge(*loaded), places)
+        loaded.append(load_connector(section.connector.path, config.connector, shardings=places))
+    params = _completed(recipe, config, tree.merge(*loaded), shardings)
     processor: Any = None
     if (embedded := next((a for a in config.adapters if isinstance(a, tuning_config.NoisePromptConfig)), None)) is not None:
         processor = Embeddings((embedded.length, embedded.channels))
@@ -159,8 +160,9 @@ def load_workdir(workdir: Path, dtype: str, *, template: str = "", shardings: Pa
     if checkpoint is not None:
         check_bases(checkpoint, model.bases)
         params = overlay(params, checkpoint, shardings)
-    flat = {path: leaf if quantised.is_part(path) else jnp.asarray(leaf).astype(dtype) for path, leaf in tree.flatten(params).items()}
-    params = tree.unflatten(flat)
+    leaves = tree.take(params)
+    cast = {path: leaf if quantised.is_part(path) else jnp.asarray(leaf).astype(dtype) for path in list(leaves) for leaf in [leaves.pop(path)]}
+    params = tree.unflatten(cast)
     chosen = templates.get(template, model.tokenizer) if template else model.template
     return dataclasses.replace(model, params=params, run=Execution(dtype=dtype, mesh=mesh_of(params)), template=chosen)  # type: ignore[arg-type]
 
@@ -428,7 +430,7 @@ def _frozen(value: Any) -> Any:
     return tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
 
 
-def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Params | None) -> Params:
+def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, shardings: Shardings | None) -> Params:
     """The loaded leaves, and fresh ones for all that are not there. What is drawn depends on the seed and the part
     alone.
     """
@@ -437,9 +439,11 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
     if "connector" in loaded and len(tree.flatten(loaded["connector"])) < len(tree.flatten(shapes["connector"])):
         del there["connector"]  # some of a Q-Former's leaves
     absent = dataclasses.replace(config, adapters=(), quantisation=None, **there)  # type: ignore[arg-type]
-    drawn = tree.merge(_drawing(config, absent)(jax.random.key(recipe.seed)), loaded)
+    bare = multimodal.shapes(dataclasses.replace(config, adapters=()))
+    drawn = tree.merge(_drawn(recipe.seed, config, absent, bare, shardings), loaded)
+    places = shardings(shapes) if shardings else None
     if config.quantisation is not None:  # what was loaded is quantised already
-        drawn = quantised.converted(drawn, config.quantisation)
+        drawn = quantised.converted(drawn, config.quantisation, tree.flatten(places or {}))
     params = adapters.settle(drawn, loaded, config)
     flat = tree.flatten(_placed(params, places))
     return tree.unflatten({path: flat[path] for path in tree.flatten(shapes)})
@@ -448,27 +452,43 @@ def _completed(recipe: Recipe, config: ModelConfig, loaded: Params, places: Para
 def _placed(params: Params, places: Params | None) -> Params:
     """The leaves where they belong; those that `places` does not name stay where they are."""
     where = tree.flatten(places) if places is not None else {}
-    return tree.unflatten(
-        {
-            path: placed(leaf, where[path]) if path in where else leaf
-            for path, leaf in tree.flatten(params).items()
-        }
-    )
+    flat = tree.flatten(params)
+    return tree.unflatten({path: placed(leaf, where[path]) if path in where else leaf for path, leaf in flat.items()})
+
+
+def _drawn(seed: int, config: ModelConfig, absent: ModelConfig, bare: Params, shardings: Shardings | None) -> Params:
+    """The fresh leaves, each made where it belongs: all of the `absent` parts, and the adapters of the whole that `bare`, the parameters
+    under them or their shapes, has not yet."""
+    shapes = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in tree.flatten(bare).items()}
+    key = np.asarray(jax.random.key_data(jax.random.key(seed)))  # of numpy: data of every process
+    draw = _drawing(config, absent, tuple(shapes.items()))
+    if not shardings:
+        return _program(draw, None)(key)
+    made = jax.eval_shape(draw, key)
+    known = tree.flatten(shardings(made))
+    return _program(draw, tuple((path, known.get(path)) for path in tree.flatten(made)))(key)
 
 
 @functools.lru_cache(maxsize=8)
-def _drawing(config: ModelConfig, absent: ModelConfig) -> Callable[[jax.Array], Params]:
-    """From a key to the fresh leaves: all of the `absent` parts, and the adapters of the whole."""
+def _drawing(
+    config: ModelConfig, absent: ModelConfig, bare: tuple[tuple[str, jax.ShapeDtypeStruct], ...]
+) -> Callable[[jax.Array], Params]:
+    """From the data of a key to the fresh leaves."""
 
-    def draw(key: jax.Array) -> Params:
-        shapes = multimodal.shapes(dataclasses.replace(config, adapters=()))
-        whole = tree.flatten(adapters.draw(jax.random.fold_in(key, 1), shapes, config))
-        adapted = {path: leaf for path, leaf in whole.items() if path not in tree.flatten(shapes)}
+    def draw(data: jax.Array) -> Params:
+        key, shapes = jax.random.wrap_key_data(data), dict(bare)
+        whole = tree.flatten(adapters.draw(jax.random.fold_in(key, 1), tree.unflatten(shapes), config))
+        adapted = {path: leaf for path, leaf in whole.items() if path not in shapes}
         return tree.merge(multimodal.init(key, absent), tree.unflatten(adapted))
 
+    return draw
+
+
+@functools.lru_cache(maxsize=8)
+def _program(draw: Callable[[jax.Array], Params], places: tuple[tuple[str, Any], ...] | None) -> Callable[[np.ndarray], Params]:
     # It runs once: on a CPU, optimising the program takes longer than running it.
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
-    return jax.jit(draw, compiler_options=options)
+    return jax.jit(draw, compiler_options=options, out_shardings=None if places is None else tree.unflatten(dict(places)))
 
 
 def _connector_paths(shapes: Params) -> frozenset[str]:
@@ -482,7 +502,8 @@ def _extended(recipe: Recipe, shardings: Shardings | None) -> Model:
     spec = model_config(recipe).quantisation
     base = load(section.path, section.dtype, shardings=places, quantise=spec or "")
     config = _with_adapters_and_mask(base.config, section)
-    drawn = adapters.add(jax.random.fold_in(jax.random.key(recipe.seed), 1), base.params, config)
+    fresh = _drawn(recipe.seed, config, ModelConfig(), base.params, shardings)
+    drawn = _placed(adapters.settle(tree.merge(base.params, fresh), base.params, config), places)
     own = frozenset(tree.flatten(drawn)) - frozenset(tree.flatten(base.params))
     bases = {section.path: published.fingerprint(locate(section.path))}
     return _with_tokens(dataclasses.replace(base, config=config, params=drawn, own=own, bases=bases), recipe, places)

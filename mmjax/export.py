@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, Sequence
 
+import jax
 import jax.numpy as jnp
 
 from mmjax import tree
@@ -29,6 +30,7 @@ from mmjax.families import (
     llava_next,
     open_flamingo,
     robust_ger,
+    writing,
 )
 from mmjax.families.family import Config, Family
 from mmjax.inference.sampling import asked
@@ -44,6 +46,7 @@ from mmjax.models.tuning_config import (
     NormConfig,
     PrefixConfig,
 )
+from mmjax.parallel import placement
 from mmjax.preprocessing import (
     PLACEHOLDER,
     is_writable,
@@ -73,7 +76,10 @@ _NOT_TEXT = (
 
 
 def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_adapters: bool = True) -> None:
-    """See Model.save_pretrained. Raises UserError where the layout cannot hold the model."""
+    """See Model.save_pretrained. Raises UserError where the layout cannot hold the model.
+
+    Where the parameters are spread over several processes, all of them must call: the first one writes, and no tensor is whole anywhere
+    but the one that is being written."""
     if plugged := [adapter.name for adapter in model.config.adapters if isinstance(adapter, BottleneckConfig)]:
         raise UserError(
             f"bottleneck adapters cannot be merged into weights ({', '.join(plugged)}); write them by themselves: "
@@ -111,7 +117,6 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
     params, config, change = adapters.merge_by_layer(bare.params, bare.config)
     params, config = tree.merge(params, apart), dataclasses.replace(config, adapters=kept)
     config = _without_heads(config, family)
-    path.mkdir(parents=True, exist_ok=True)
     foreign = family.write_config(config, foreign)
     flat = {
         p: leaf
@@ -125,21 +130,28 @@ def save(model: Model, path: Path, *, layout: str = "", dtype: str = "", merge_a
     flat = {p: leaf for p, leaf in flat.items() if quantised.kernel_of(p) in named_paths or not p.startswith("mine/")}  # of training alone
     if homeless := sorted({quantised.kernel_of(p) for p in flat} - named_paths):
         raise UserError(f"this layout has no place for {', '.join(homeless)}: adapters, merged into the weights, have made them")
-    tensors = keys.tensors(tree.unflatten(flat), rules, dtype or None, change)
+    tensors = writing.tensors(tree.unflatten(flat), rules, dtype or None, change)
     held = dtype or _sizes(tensors).most_common(1)[0][0]
-    (path / "config.json").write_text(json.dumps(_with_dtype(foreign, held), indent=2) + "\n")
     folders = family.folders(foreign)
+    together = placement.crosses(model.params)
+    if jax.process_index() == 0 or not together:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(_with_dtype(foreign, held), indent=2) + "\n")
+        for folder in folders.values():
+            (path / folder.name).mkdir(exist_ok=True)
+            section = _with_dtype(foreign[folder.section], held)
+            (path / folder.name / "config.json").write_text(json.dumps(section, indent=2) + "\n")
+        _write_rest(model, family, foreign, path)
+
     if not folders:
-        safetensors.write(tensors, path)
+        writing.write(tensors, path, together=together)
     for folder in folders.values():
         own = [
             dataclasses.replace(tensor, name=tensor.name.removeprefix(folder.prefix))
             for tensor in tensors
             if tensor.name.startswith(folder.prefix)
         ]
-        safetensors.write(own, path / folder.name)
-        (path / folder.name / "config.json").write_text(json.dumps(_with_dtype(foreign[folder.section], held), indent=2) + "\n")
-    _write_rest(model, family, foreign, path)
+        writing.write(own, path / folder.name, together=together)
 
 
 def _awq(spec: quantised.Quantisation | None, rules: list[keys.Rule], flat: dict[str, Any]) -> Config:

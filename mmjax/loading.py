@@ -12,7 +12,7 @@ from mmjax.data import templates
 from mmjax.data.instructions import Embeddings
 from mmjax.data.templates import Template
 from mmjax.errors import UserError
-from mmjax.families import keys, llava_llama, minigpt4
+from mmjax.families import keys, llava_llama, minigpt4, reading
 from mmjax.model import Model
 from mmjax.models import connectors, multimodal, quantised
 from mmjax.models.config import Execution, ModelConfig
@@ -182,7 +182,7 @@ def _with_leaves(model: Model, adapter: Adapter, leaves: Params) -> Model:
 
 
 def load_connector(
-    path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32", check_finite: bool = True
+    path: str | Path, config: ConnectorConfig, *, dtype: Any = "float32", check_finite: bool = True, shardings: Params | None = None
 ) -> Params:
     """A connector's leaves from a projector-only file (`mm_projector.bin` and the like, or MiniGPT-4's with its one Linear), a
     directory with one, or a whole model's directory.
@@ -197,7 +197,7 @@ def load_connector(
             source = open_published(place)
             if source.config.connector != config:
                 raise UserError(f"{place}: its connector is {source.config.connector}, the recipe's is {config}")
-            return published.load_part(source, "connector", dtype=dtype, check_finite=check_finite)
+            return published.load_part(source, "connector", dtype=dtype, shardings=shardings, check_finite=check_finite)
         if not named:
             raise UserError(
                 f"{place} has no connector: neither {', '.join(PROJECTORS)} nor a whole model's config.json"
@@ -209,7 +209,7 @@ def load_connector(
     rules = llava_llama.projector_rules(config)
     if len(connectors.widths(config)) == 1 and f"{minigpt4.PROJECTION}.weight" in stored:
         rules = keys.linear(minigpt4.PROJECTION, "connector/layers_0", config.bias)
-    return keys.load(stored, rules, shapes, dtype=dtype, where=place, check_finite=check_finite)
+    return reading.load(stored, rules, shapes, dtype=dtype, shardings=shardings, where=place, check_finite=check_finite)
 
 
 def _from_parts(source: Published, base: str, reading: dict[str, Any]) -> Params:
@@ -232,6 +232,6 @@ def _from_parts(source: Published, base: str, reading: dict[str, Any]) -> Params
     assert source.config.connector is not None
     return tree.merge(
         published.load_part(vision, "vision", **reading),
-        load_connector(where, source.config.connector, dtype=reading["dtype"], check_finite=reading["check_finite"]),
+        load_connector(where, source.config.connector, **reading),
         published.load_part(llm, "llm", **reading),
     )

@@ -13,7 +13,7 @@ from mmjax.checkpoints import awq, weights
 from mmjax.checkpoints.safetensors import Stored
 from mmjax.data.images import ImageProcessor
 from mmjax.errors import UserError
-from mmjax.families import find, keys
+from mmjax.families import find, keys, reading
 from mmjax.families.family import Config, Family
 from mmjax.families.keys import Rule
 from mmjax.models import multimodal, quantised
@@ -191,7 +191,7 @@ def load_part(
     """
     rules = source.family.rules(source.config, source.foreign)
     shapes, stored = dense_shapes(source.config), _stored(source)
-    keys.check(stored, rules, shapes, **_expected(source))
+    reading.check(stored, rules, shapes, **_expected(source))
     behind = () if heads else ("vision/projection/", "vision/head/")
     rules = [r for r in rules if r.paths[0].startswith(f"{part}/") and not r.paths[0].startswith(behind)]
     wanted = {name for r in rules for name in keys.names(r, shapes)}
@@ -237,7 +237,7 @@ def _load(
     shardings: Params | None,
     check_finite: bool,
 ) -> Params:
-    return keys.load(
+    return reading.load(
         stored,
         rules,
         dense_shapes(source.config),

@@ -17,11 +17,12 @@ from mmjax import config as recipes
 from mmjax import published, tree
 from mmjax.checkpoints import weights
 from mmjax.errors import UserError
-from mmjax.families import keys, lavis
+from mmjax.families import keys, lavis, reading
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
 from mmjax.models.qformer import DEVIATION
+from mmjax.parallel.sharding import placed
 from mmjax.published import locate, open_published
 from mmjax.tree import Params
 
@@ -31,18 +32,21 @@ WRAPPED = (r"^model\.", "")  # LAVIS's and MiniGPT-4's checkpoints keep the weig
 PROJECTION = "connector/project_out/"
 
 
-def load(section: recipes.Connector, config: ConnectorConfig, seed: int = 0) -> Params:
+def load(section: recipes.Connector, config: ConnectorConfig, seed: int = 0, shardings: Params | None = None) -> Params:
     """The leaves that `section.bert` and `section.path` have, float32. Raises UserError for what is no BERT or Q-Former, or of other
     shapes.
 
-    seed   draws the rows of words that the BERT has not ([DEC])
+    seed       draws the rows of words that the BERT has not ([DEC])
+    shardings  where each leaf goes, by its path in the model; none = the default device
     """
     shapes = {path: leaf.shape for path, leaf in tree.flatten(multimodal.shapes(ModelConfig(connector=config))).items()}
     found: dict[str, Any] = {}
     if section.bert:
-        found |= _fitting(_of_bert(section.bert, config, seed), shapes, section.bert)
+        places = tree.flatten(shardings or {})
+        begun = _fitting(_of_bert(section.bert, config, seed), shapes, section.bert)  # of 110 million parameters: read whole
+        found |= {path: placed(leaf, places[path]) if path in places else leaf for path, leaf in begun.items()}
     if section.path:
-        trained = _of_file(section.path, config) if Path(section.path).is_file() else _of_directory(section.path)
+        trained = _of_file(section.path, config, shardings) if Path(section.path).is_file() else _of_directory(section.path, shardings)
         if not section.projection:
             trained = {path: leaf for path, leaf in trained.items() if not path.startswith(PROJECTION)}
         found |= _fitting(trained, shapes, section.path)
@@ -63,15 +67,15 @@ def _fitting(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]], where: 
     return {path: leaf for path, leaf in leaves.items() if path in shapes}
 
 
-def _of_directory(path: str) -> dict[str, Any]:
+def _of_directory(path: str, shardings: Params | None) -> dict[str, Any]:
     """Of a whole model's directory (BLIP-2, InstructBLIP)."""
     source = open_published(locate(path))
     if source.config.connector is None or source.config.connector.kind != "qformer":
         raise UserError(f"model.connector.path: the model in {source.directory} has no Q-Former")
-    return tree.flatten(published.load_part(source, "connector", dtype="float32"))
+    return tree.flatten(published.load_part(source, "connector", dtype="float32", shardings=shardings))
 
 
-def _of_file(path: str, config: ConnectorConfig) -> dict[str, Any]:
+def _of_file(path: str, config: ConnectorConfig, shardings: Params | None) -> dict[str, Any]:
     """Of a file in LAVIS's layout, whatever else it holds."""
     stored = keys.renamed(weights.read(path), (WRAPPED, *lavis.SPELLINGS))
     shapes = multimodal.shapes(ModelConfig(connector=config))
@@ -79,7 +83,7 @@ def _of_file(path: str, config: ConnectorConfig) -> dict[str, Any]:
     if not rules:
         raise UserError(f"model.connector.path: {path} holds no Q-Former, nor the Linear behind one, in LAVIS's layout")
     named = {name: stored[name] for rule in rules for name in keys.names(rule, shapes)}
-    return tree.flatten(keys.load(named, rules, shapes, dtype="float32", where=path))
+    return tree.flatten(reading.load(named, rules, shapes, dtype="float32", shardings=shardings, where=path))
 
 
 def _of_bert(path: str, config: ConnectorConfig, seed: int) -> dict[str, Any]:

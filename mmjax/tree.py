@@ -29,6 +29,13 @@ def flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def take(params: Params) -> dict[str, Any]:
+    """The leaves by path, the given dict left empty: of what they are replaced by, a leaf at a time, nobody keeps the old ones alive."""
+    flat = flatten(params)
+    params.clear()
+    return flat
+
+
 def unflatten(flat: Mapping[str, Any]) -> Params:
     """The nested dict whose leaves have these paths."""
     nested: Params = {}

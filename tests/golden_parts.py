@@ -17,7 +17,7 @@ from mmjax.data.encoding import IGNORED, Encoder, Example
 from mmjax.data.messages import Sample
 from mmjax.data.templates import Segment, Template
 from mmjax.errors import UserError
-from mmjax.families import anymal, flamingo, keys, lavin, moondream_2024, open_flamingo, vila
+from mmjax.families import anymal, flamingo, keys, lavin, moondream_2024, open_flamingo, reading, vila
 from mmjax.families import minigpt4 as minigpt4_family
 from mmjax.families import robust_ger as robust_ger_family
 from mmjax.models import (
@@ -121,7 +121,7 @@ def gated_cross_attention_block(directory: Path, config: Arrays, inputs: Arrays,
     )
     shapes = {"block": jax.eval_shape(lambda: gated_cross_attention.init(jax.random.key(0), shape))}
     rules = flamingo.gated_cross_attention_rules(config["implementation"], path="block/")
-    params = keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["block"]
+    params = reading.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["block"]
     x, media, locations = inputs["text_features"], inputs["visual_features"], inputs["media_locations"]
     held = gated_cross_attention.keys_values(params, shape, media)
 
@@ -154,7 +154,7 @@ def moondream2_may2024_vision(directory: Path, config: Arrays, inputs: Arrays, w
     sizes = ("embed_dim", "num_heads", "ff_dim", "depth", "grid", "patch_size", "model_dim")
     shape = moondream_2024.vision(*(config[name] for name in sizes), GELU[config["gelu"]])
     rules = moondream_2024.vision_rules()
-    params = keys.load(weights.read(directory), rules, multimodal.shapes(shape), dtype="float32", where=directory)
+    params = reading.load(weights.read(directory), rules, multimodal.shapes(shape), dtype="float32", where=directory)
     side, run, found = shape.vision.image_size, Execution(), {}
     for name in sorted(inputs):
         picture = inputs[name].transpose(1, 2, 0)
@@ -289,7 +289,7 @@ def robust_ger(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]
 def robust_ger_mine(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) -> Arrays:
     widths = config["input_dim1"], config["input_dim2"], config["n_state"]
     shapes = jax.eval_shape(lambda: mine.init(jax.random.key(0), *widths))
-    params = keys.load(weights.read(directory), robust_ger_family.mine_rules(), shapes, dtype="float32", where=directory)
+    params = reading.load(weights.read(directory), robust_ger_family.mine_rules(), shapes, dtype="float32", where=directory)
     audio = inputs["audio_features"]
     return {
         "raw": mine.score(params, inputs["emb_diff"], audio, raw=True),
@@ -310,7 +310,7 @@ def lavin_adapter(directory: Path, config: Arrays, inputs: Arrays, wanted: set[s
     shapes = jax.eval_shape(lambda: {"plugs": modality_mixture.init(jax.random.key(0), adapter, width, 1)})
     rules = lavin.mixture_rules(adapter, "{i}.", "plugs/", {"attention": "x"})
     stored = {f"0.x.{name}": tensor for name, tensor in weights.read(directory).items()}
-    found = keys.load(stored, rules, shapes, dtype="float32", where=directory)["plugs"]["attention"]
+    found = reading.load(stored, rules, shapes, dtype="float32", where=directory)["plugs"]["attention"]
     leaves = jax.tree.map(lambda leaf: leaf[0], found)
     x, made = inputs["x"], {}
     made["router_weights"] = modality_mixture.weigh(leaves, adapter, x[:, 0])
@@ -331,7 +331,7 @@ def lavin_clip_block(directory: Path, config: Arrays, inputs: Arrays, wanted: se
     prefix = "transformer.resblocks."
     rules = [dataclasses.replace(r, name=r.name.removeprefix(prefix)) for r in table if r.name.startswith(prefix)]
     rules += lavin.mixture_rules(shape.adapters[0], "{i}.", "vision/plugs/x/")  # type: ignore[arg-type]
-    params = keys.load(stored, rules, multimodal.shapes(shape), dtype="float32", where=directory)["vision"]
+    params = reading.load(stored, rules, multimodal.shapes(shape), dtype="float32", where=directory)["vision"]
     plugs = plugged.plugs(shape, "vision")
     last, _ = vit.run_blocks(params, shape.vision, inputs["x_lnd"].swapaxes(0, 1), None, layers, False, Execution(), (), plugs)
     return {"output_lnd": last.swapaxes(0, 1)}
@@ -378,7 +378,7 @@ def in_front(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str]) 
 
 def _connector(directory: Path, config: ConnectorConfig, rules: list[keys.Rule]) -> Arrays:
     shapes = multimodal.shapes(ModelConfig(connector=config))
-    return keys.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["connector"]
+    return reading.load(weights.read(directory), rules, shapes, dtype="float32", where=directory)["connector"]
 
 
 PARTS = {

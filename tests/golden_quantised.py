@@ -14,7 +14,7 @@ from mmjax import tree
 from mmjax.checkpoints import awq as layouts
 from mmjax.checkpoints import weights
 from mmjax.errors import UserError
-from mmjax.families import keys, llama
+from mmjax.families import llama, reading
 from mmjax.models import awq, calibration, multimodal, number_formats
 from mmjax.models.block import Block
 from mmjax.models.config import Execution
@@ -97,7 +97,7 @@ def awq_block(directory: Path, config: Arrays, inputs: Arrays, wanted: set[str])
         raise UserError(f"w_bit {config['w_bit']}, zero_point {config['zero_point']} is not supported")
     shape = llama.FAMILY.read_config({"model_type": "llama", **config["llm_config"]}, "llm_config")
     rules = llama.FAMILY.rules(shape, {})
-    params = keys.load(weights.read(directory), rules, multimodal.shapes(shape), dtype="float32", where=directory)
+    params = reading.load(weights.read(directory), rules, multimodal.shapes(shape), dtype="float32", where=directory)
     block, x = shape.language.block, jnp.asarray(inputs["hidden_states"])
     layer = jax.tree.map(lambda leaf: leaf[0], params["llm"]["layers"])
     around = calibration.surroundings(shape.language, x)

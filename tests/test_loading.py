@@ -52,10 +52,10 @@ def test_every_leaf_is_what_the_files_hold(llama, arrays):
 
 def test_leaves_are_not_copied_on_their_way(llama, monkeypatch):
     """A CPU takes over what was read: the largest leaf would else be there twice."""
-    from mmjax.families import keys
+    from mmjax.parallel import placement
 
-    made, aligned = [], keys._aligned
-    monkeypatch.setattr(keys, "_aligned", lambda *given: made.append(aligned(*given)) or made[-1])
+    made, aligned = [], placement.aligned
+    monkeypatch.setattr(placement, "aligned", lambda *given: made.append(aligned(*given)) or made[-1])
     leaves = tree.flatten(mmjax.load(llama, "bfloat16").params)
     assert {leaf.unsafe_buffer_pointer() for leaf in leaves.values()} == {array.ctypes.data for array in made}
 

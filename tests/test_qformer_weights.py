@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 from mmjax import config as recipes
 from mmjax import qformer_weights, tree
 from mmjax.errors import UserError
-from mmjax.families import keys, lavis
+from mmjax.families import lavis, writing
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig
@@ -30,7 +30,7 @@ def randomised(config=CONFIG, seed=0):
 
 def written(path, config=CONFIG, drop=()):
     leaves = randomised(config)
-    tensors = keys.tensors(tree.unflatten(leaves), lavis.qformer_rules(config))
+    tensors = writing.tensors(tree.unflatten(leaves), lavis.qformer_rules(config))
     named = {tensor.name: np.array(tensor.make(), order="C") for tensor in tensors}
     kept = {name: value for name, value in named.items() if not name.startswith(tuple(drop))} if drop else named
     save_file({**kept, "visual_encoder.cls_token": np.zeros(3, np.float32)}, path)

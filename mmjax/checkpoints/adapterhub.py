@@ -20,10 +20,11 @@ from mmjax import tree
 from mmjax.checkpoints import safetensors, weights
 from mmjax.checkpoints.peft.method import Base
 from mmjax.errors import UserError
-from mmjax.families import keys
+from mmjax.families import keys, reading, writing
 from mmjax.models import bottleneck, plugged
 from mmjax.models.config import ModelConfig
 from mmjax.models.tuning_config import BottleneckConfig, Part
+from mmjax.parallel import placement
 from mmjax.tree import Params
 
 VERSION = "adapters.1.3.0"
@@ -88,7 +89,7 @@ def read(path: Path, base: Base, name: str = "") -> tuple[BottleneckConfig, Para
     assert shapes is not None
     rules = _rules(adapter, base, theirs)
     twice = (r"\.adapter_down\.0\.(weight|bias)$",) if adapter.norm_before else ()  # the norm, once more
-    leaves = keys.load(stored, rules, shapes, dtype="float32", where=path, unused=twice)
+    leaves = reading.load(stored, rules, shapes, dtype="float32", where=path, unused=twice)
     return adapter, leaves
 
 
@@ -97,12 +98,10 @@ def write(params: Params, adapter: BottleneckConfig, base: Base, path: Path, *, 
     hidden = plugged.stack(base.config, adapter.parts[0], adapter.name)[0].width
     rules = _rules(adapter, base, adapter.name)
     theirs = {p: leaf for p, leaf in tree.flatten(params).items() if tree.adapter_of(p) == adapter.name}
-    tensors = keys.tensors(tree.unflatten(theirs), rules, dtype)
+    tensors = writing.tensors(tree.unflatten(theirs), rules, dtype)
     if adapter.norm_before:
         again = [t for t in tensors if ".adapter_norm_before." in t.name]
         tensors += [safetensors.Tensor(t.name.replace("adapter_norm_before", "adapter_down.0"), t.shape, t.dtype, t.make) for t in again]
-    path.mkdir(parents=True, exist_ok=True)
-    safetensors.write_file(tensors, path / NAMES[0])
     fields = {
         "config": _fields(adapter, base.config),
         "hidden_size": hidden,
@@ -112,7 +111,8 @@ def write(params: Params, adapter: BottleneckConfig, base: Base, path: Path, *, 
         "name": adapter.name,
         "version": VERSION,
     }
-    (path / "adapter_config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    written = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    writing.write_adapter(tensors, path, NAMES[0], written, together=placement.crosses(params))
 
 
 def _config(fields: Mapping[str, Any], name: str, base: Base, where: Path) -> BottleneckConfig:

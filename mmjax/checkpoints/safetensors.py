@@ -40,6 +40,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
+SHARD_BYTES = 5_000_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read(path: str | Path) -> dict[str, Stored]:
 
 
 def write(
-    tensors: Iterable[Tensor], directory: str | Path, *, stem: str = "model", shard_bytes: int = 5_000_000_000
+    tensors: Iterable[Tensor], directory: str | Path, *, stem: str = "model", shard_bytes: int = SHARD_BYTES
 ) -> None:
     """`stem`.safetensors, or numbered shards of at most `shard_bytes` and their index, as transformers writes them.
 
@@ -97,14 +98,7 @@ def write(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards: list[list[Tensor]] = [[]]
-    room = shard_bytes
-    for tensor in tensors:
-        if shards[-1] and tensor.bytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(tensor)
-        room -= tensor.bytes
+    shards = _divided(tensors, shard_bytes)
     if len(shards) == 1:
         write_file(shards[0], directory / f"{stem}.safetensors")
         return
@@ -118,12 +112,33 @@ def write(
     (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
+def in_order(tensors: Iterable[Tensor], shard_bytes: int = SHARD_BYTES) -> list[Tensor]:
+    """The tensors in the order in which `write` makes them."""
+    return [tensor for shard in _divided(tensors, shard_bytes) for tensor in _laid_out(shard)]
+
+
+def _divided(tensors: Iterable[Tensor], shard_bytes: int) -> list[list[Tensor]]:
+    shards: list[list[Tensor]] = [[]]
+    room = shard_bytes
+    for tensor in tensors:
+        if shards[-1] and tensor.bytes > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(tensor)
+        room -= tensor.bytes
+    return shards
+
+
+def _laid_out(tensors: list[Tensor]) -> list[Tensor]:
+    """The format wants alignment: wide types first keeps every tensor at a multiple of its own item size."""
+    return sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name))
+
+
 def write_file(tensors: list[Tensor], path: Path) -> None:
     """One safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    # The format wants alignment: wide types first keeps every tensor at a multiple of its own item size.
-    tensors = sorted(tensors, key=lambda t: (-t.dtype.itemsize, t.name))
+    tensors = _laid_out(tensors)
     for tensor in tensors:
         end = offset + tensor.bytes
         header[tensor.name] = {

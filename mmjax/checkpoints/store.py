@@ -86,10 +86,13 @@ class Checkpoint:
 
 
 def overlay(params: Params, checkpoint: Checkpoint, shardings: Params | None = None) -> Params:
-    """`params` with the checkpoint's leaves over them, trained layer ranges laid over their stack.
+    """`params`, left empty, with the checkpoint's leaves over them, trained layer ranges laid over their stack.
 
     Raises UserError, naming the leaf, where shapes differ or the model has no such leaf."""
-    flat = dict(tree.flatten(params))
+    flat = tree.take(params)
+    for name, saved in checkpoint.manifest["leaves"].items():  # what is replaced as a whole goes before the other comes
+        if saved["layers"] is None and (path := name.split("/", 1)[1]) in flat:
+            flat[path] = jax.ShapeDtypeStruct(flat[path].shape, flat[path].dtype)
     leaves = checkpoint.leaves(shardings)
     for name in sorted(leaves):  # "own/..." before "trained/...": a partly trained leaf may be in both
         path, leaf = name.split("/", 1)[1], leaves[name]

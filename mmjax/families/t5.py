@@ -22,7 +22,8 @@ from mmjax.errors import UserError
 from mmjax.families import language, llama
 from mmjax.families.family import Config, Family, Inputs
 from mmjax.families.fields import Fields, activation_name
-from mmjax.families.keys import Rule, linear, norm, rule, same_tensor
+from mmjax.families.keys import Rule, linear, norm, rule
+from mmjax.families.reading import same_tensor
 from mmjax.models import decoder, multimodal, prompts
 from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig, RelativeBias

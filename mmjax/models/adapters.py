@@ -35,6 +35,7 @@ from mmjax.models.adapter_places import (
 from mmjax.models.config import ModelConfig
 from mmjax.models.kernels import stored
 from mmjax.models.tuning_config import Adapter, AffineConfig, Ia3Config, LoraConfig, PrefixConfig
+from mmjax.parallel import placement
 
 Params = dict[str, Any]
 Leaves = dict[str, Any]
@@ -142,14 +143,14 @@ def merge_by_layer(params: Params, config: ModelConfig) -> tuple[Params, ModelCo
     bare, found, config = _to_merge(params, config)
 
     def row(leaf: Any, i: int | None) -> np.ndarray:
-        return np.asarray(leaf if i is None else leaf[i], np.float32)
+        return np.asarray(placement.row(leaf, i), np.float32)
 
     def change(path: str, i: int | None, leaf: Any) -> Any:
         site, _, name = path.rpartition("/")
         if site not in found or path not in (weight_at(site), f"{site}/bias"):
             return leaf
         if name == "bias":
-            kernel: Any = row(stored(bare[weight_at(site)]), i) if any("lora_bias" in leaves for _, leaves in found[site]) else 0.0
+            kernel: Any = row(bare[weight_at(site)], i) if any("lora_bias" in leaves for _, leaves in found[site]) else 0.0
             wide: tuple[Any, Any] = np.broadcast_to(kernel, bare[weight_at(site)].shape[-2:]), np.asarray(leaf, np.float32)
         else:
             wide = np.asarray(leaf, np.float32), None

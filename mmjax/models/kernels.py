@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.models import quantised
+from mmjax.parallel import placement
 
 Kernel: TypeAlias = jax.Array | Mapping[str, jax.Array]
 """[in, out]: an array, or the leaves of a quantised one."""
@@ -41,7 +42,12 @@ def stored(kernel: Kernel) -> jax.Array:
 
 def as_bits(kernel: jax.Array) -> jax.Array:
     """A bfloat16 kernel as its bits, without a copy; anything else as it is. Only for frozen kernels: bits have no gradient."""
-    return kernel.view(jnp.uint16) if kernel.dtype == jnp.bfloat16 else kernel
+    return placement.viewed(kernel, jnp.uint16) if kernel.dtype == jnp.bfloat16 else kernel
+
+
+def as_numbers(kernel: jax.Array) -> jax.Array:
+    """The inverse, without a copy either."""
+    return placement.viewed(kernel, jnp.bfloat16) if kernel.dtype == jnp.uint16 else kernel
 
 
 def dropped(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

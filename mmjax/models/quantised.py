@@ -20,6 +20,8 @@ from mmjax import tree
 from mmjax.errors import UserError
 from mmjax.models import number_formats
 from mmjax.models.number_formats import Format, Leaves
+from mmjax.parallel import placement
+from mmjax.parallel.placement import Parts
 
 Params = dict[str, Any]
 UNMERGED = (
@@ -103,14 +105,18 @@ def quantise_all(params: Params, spec: Quantisation) -> Params:
     return _replaced(params, {path: quantise(tree.flatten(params)[path], spec) for path in chosen(params, spec)})
 
 
-def converted(params: Params, spec: Quantisation) -> Params:
-    """The parameters with the chosen kernels, where they are dense, quantised on the processor, row by row."""
+def converted(params: Params, spec: Quantisation, places: Mapping[str, Any] = {}) -> Params:
+    """The parameters with the chosen kernels, where they are dense, quantised on the processor, row by row; `places` are the shardings of
+    what they become, by path."""
     flat = tree.flatten(params)
     made: dict[str, Leaves] = {}
     for path in chosen(params, spec):
-        stack = flat[path].shape[:-2]
-        rows = [on_host(np.asarray(flat[path][at]), spec) for at in np.ndindex(*stack)]
-        made[path] = {name: jnp.asarray(np.stack([row[name] for row in rows]).reshape(*stack, *rows[0][name].shape)) for name in rows[0]}
+        shape = tuple(flat[path].shape)
+        leaves = {name: Parts(leaf.shape, places.get(f"{path}/{name}")) for name, leaf in leaf_shapes(shape, spec).items()}
+        for at in np.ndindex(*shape[:-2]):
+            for name, part in on_host(placement.row(flat[path], *at), spec).items():
+                leaves[name].fill(at, np.asarray(part))
+        made[path] = {name: leaf.placed() for name, leaf in leaves.items()}
     return _replaced(params, made)
 
 
@@ -124,8 +130,12 @@ def shapes(params: Params, spec: Quantisation) -> Params:
     `require` does."""
     require(params, spec)
     flat = tree.flatten(params)
-    made = {path: jax.eval_shape(lambda k: quantise(k, spec), _shape(flat[path])) for path in chosen(params, spec)}
-    return _replaced(params, made)
+    return _replaced(params, {path: leaf_shapes(flat[path].shape, spec) for path in chosen(params, spec)})
+
+
+def leaf_shapes(shape: tuple[int, ...], spec: Quantisation) -> Leaves:
+    """The shapes of the leaves of a kernel of this shape."""
+    return jax.eval_shape(lambda k: quantise(k, spec), jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 def kernels(params: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from mmjax.checkpoints.store import Checkpoint, Store, overlay
 from mmjax.config import Recipe
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
-from mmjax.models.kernels import as_bits, stored
+from mmjax.models.kernels import as_bits, as_numbers
 from mmjax.models.quantised import is_part
 from mmjax.parallel import cluster
 from mmjax.parallel.sharding import from_own_rows, param_shardings, placed
@@ -31,7 +31,7 @@ from mmjax.training.optimizer import make_optimizer, make_schedule
 from mmjax.training.state import State, init_state, state_shapes, state_shardings
 from mmjax.training.step import StepMetrics, make_eval_step, make_train_step
 from mmjax.training.termination import Agreement, Terminated
-from mmjax.training.trainable import join, select, split
+from mmjax.training.trainable import Selection, join, select, split
 from mmjax.tree import Params
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def train(
 ) -> Params:
     """Runs the stages of the recipe, from wherever an earlier start of the same command was stopped.
 
-    params     as assembled, before any training; not to be used afterwards
+    params     as assembled, before any training; left empty, so that a leaf that is cast or trained is not there twice
     own        paths of leaves that have no published base
     pipelines  by a stage's name and the parameters it starts from, its training data and its held-out data
     Raises UserError for a loss that is not finite, naming the samples; Terminated after a SIGTERM.
@@ -108,7 +108,7 @@ def train_stage(
     """Trains the stage `name` to its end and returns the model's parameters.
 
     params   with everything earlier stages left, and, where `found` is a checkpoint of this stage, with its leaves laid over
-             them; not to be used afterwards
+             them; left empty
     own      paths of the leaves that differ from their published base, or have none
     Raises UserError for a loss that is not finite, naming the samples; Terminated after a SIGTERM.
     """
@@ -119,9 +119,7 @@ def train_stage(
     selection = select(params, stage.trainable, f"{key}.trainable")
     log.info("stage %s\n%s", name, parameter_table(params, selection))
     shardings = param_shardings(params, run.mesh)
-    trainable, frozen = split(jax.tree.map(placed, params, shardings), selection, stage.param_dtype)
-    frozen = hold(frozen, run.recipe.model.dtype, whole=set(selection.ranges))
-    del params
+    trainable, frozen = _divided(params, shardings, selection, stage.param_dtype, run.recipe.model.dtype)
 
     optimizer = make_optimizer(stage.optimizer, trainable, steps, f"{key}.optimizer")
     schedule = make_schedule(stage.optimizer, steps)
@@ -139,7 +137,7 @@ def train_stage(
     eval_step = make_eval_step(config, stage, selection, run.mesh) if validation else None
 
     def save(validation_loss: float | None = None, ended: bool = False) -> None:
-        kept = {path: stored(leaf) for path, leaf in tree.flatten(frozen).items() if path in own}
+        kept = {path: as_numbers(leaf) for path, leaf in tree.flatten(frozen).items() if path in own}
         run.store.save(name, done, state, kept, selection.ranges, ended=ended, validation_loss=validation_loss)
 
     # ---- what is said
@@ -283,7 +281,22 @@ def hold(frozen: Params, dtype: str, whole: set[str]) -> Params:
 
 def release(frozen: Params) -> Params:
     """The numbers of what `hold` made bits."""
-    return jax.tree.map(stored, frozen)
+    return jax.tree.map(as_numbers, frozen)
+
+
+def _divided(params: Params, shardings: Params, selection: Selection, trained_in: str, held_in: str) -> tuple[Params, Params]:
+    """`split` and `hold` on the mesh, a leaf after another, the largest first: of what is cast there is one leaf twice, never all."""
+    leaves, places = tree.take(params), tree.flatten(shardings)
+    order, trainable, frozen = list(leaves), dict[str, jax.Array](), dict[str, jax.Array]()
+    for path in sorted(leaves, key=lambda path: -leaves[path].size):
+        leaf = placed(leaves.pop(path), places[path])
+        own, others = split(tree.unflatten({path: leaf}), selection, trained_in)
+        others = hold(others, held_in, whole=set(selection.ranges))
+        jax.block_until_ready((own, others))  # or else all casts would be under way at once
+        trainable |= tree.flatten(own)
+        frozen |= tree.flatten(others)
+    first, second = ({path: made[path] for path in order if path in made} for made in (trainable, frozen))
+    return tree.unflatten(first), tree.unflatten(second)
 
 
 def _broken(name: str, step: int, info: Info, values: StepMetrics, loss: float) -> str:

@@ -56,7 +56,7 @@ def test_leaves_and_optimizer_come_back_on_any_mesh(saved, mesh):
     assert (found.stage, found.step, found.ended) == ("tune", 3, False)
     other = make_mesh(config.Mesh(data=1, fsdp=8))
     for shardings in (None, param_shardings(MODEL, other)):
-        flat = tree.flatten(overlay(MODEL, found, shardings))
+        flat = tree.flatten(overlay(dict(MODEL), found, shardings))
         np.testing.assert_array_equal(np.unique(flat["llm/embed/embedding"]), 7)
         assert flat["llm/embed/embedding"].dtype == jnp.bfloat16
         np.testing.assert_array_equal(flat["connector/layers_0/kernel"], 3)

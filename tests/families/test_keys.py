@@ -13,7 +13,7 @@ from mmjax import tree
 from mmjax.checkpoints import safetensors
 from mmjax.checkpoints.safetensors import Stored
 from mmjax.errors import UserError
-from mmjax.families import keys
+from mmjax.families import keys, reading, writing
 from mmjax.families.keys import rule
 
 
@@ -56,17 +56,17 @@ def test_stacked_fused_and_transposed_leaves_round_trip():
         "l": {"q": np.zeros((3, 5, 4)), "k": np.zeros((3, 5, 2)), "v": np.zeros((3, 5, 2))},
         "e": np.zeros(4),
     }
-    params = keys.load(stored(**arrays), rules, shapes, dtype="float32")
+    params = reading.load(stored(**arrays), rules, shapes, dtype="float32")
     assert np.array_equal(params["l"]["k"][1], arrays["layer.1.qkv"][4:6].T)
-    written = {t.name: t.make() for t in keys.tensors(params, rules)}
+    written = {t.name: t.make() for t in writing.tensors(params, rules)}
     assert all(np.array_equal(written[name], array) for name, array in arrays.items()) and len(written) == 4
 
 
 def test_every_leaf_needs_a_key():
     with pytest.raises(ValueError, match="no key for the leaves b"):
-        keys.tensors({"a": np.zeros(1), "b": np.zeros(1)}, [rule("x", "a")])
+        writing.tensors({"a": np.zeros(1), "b": np.zeros(1)}, [rule("x", "a")])
     with pytest.raises(ValueError, match="two rules fill a"):
-        keys.tensors({"a": np.zeros(1)}, [rule("x", "a"), rule("y", "a")])
+        writing.tensors({"a": np.zeros(1)}, [rule("x", "a"), rule("y", "a")])
 
 
 def test_two_spellings_of_one_tensor_are_refused():
@@ -77,7 +77,7 @@ def test_two_spellings_of_one_tensor_are_refused():
 
 def test_kernels_held_as_bits_are_written_as_numbers():
     numbers = np.arange(6).astype(ml_dtypes.bfloat16).reshape(1, 2, 3)
-    [tensor] = keys.tensors({"a": numbers.view(np.uint16)}, [rule("x.{i}", "a")])
+    [tensor] = writing.tensors({"a": numbers.view(np.uint16)}, [rule("x.{i}", "a")])
     assert tensor.dtype == ml_dtypes.bfloat16 and np.array_equal(tensor.make(), numbers[0])
 
 
@@ -118,7 +118,7 @@ def test_the_host_never_holds_a_second_copy(tmp_path):
         model = FAMILY.read_config(read_json(tmp_path / name / "config.json"), "config.json")
         shapes = tree.flatten(multimodal.shapes(model))
         params = tree.unflatten({path: np.ones(leaf.shape, np.float32) for path, leaf in shapes.items()})
-        safetensors.write(keys.tensors(params, FAMILY.rules(model, {})), tmp_path / name)
+        safetensors.write(writing.tensors(params, FAMILY.rules(model, {})), tmp_path / name)
     sizes = sorted(leaf.size * 4 // 1024 for leaf in shapes.values())
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(LOAD), str(tmp_path)],

@@ -9,7 +9,7 @@ import pytest
 from mmjax import families
 from mmjax.checkpoints import safetensors, weights
 from mmjax.errors import UserError
-from mmjax.families import keys
+from mmjax.families import reading, writing
 from mmjax.models import multimodal
 from mmjax.models.config import Execution
 
@@ -28,7 +28,7 @@ def _load(path, dtype="float32"):
     family = families.find(foreign)
     config = family.read_config(foreign, "config.json")
     shapes, rules = multimodal.shapes(config), family.rules(config, foreign)
-    params = keys.load(weights.read(path), rules, shapes, dtype=dtype, unused=family.unused)
+    params = reading.load(weights.read(path), rules, shapes, dtype=dtype, unused=family.unused)
     return family, config, foreign, params
 
 
@@ -71,7 +71,7 @@ def test_equal_to_transformers(name, tmp_path):
     )
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "config.json").write_text(json.dumps(written))
-    safetensors.write(keys.tensors(params, family.rules(config, written)), tmp_path / "ours")
+    safetensors.write(writing.tensors(params, family.rules(config, written)), tmp_path / "ours")
     again, report = kind.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(report[part] for part in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     for key, value in theirs.state_dict().items():
@@ -111,7 +111,7 @@ def test_published_weights_go_out_as_they_came_in(data_kit):
     family, config, foreign, params = _load(folder, "float16")
     assert family.write_config(config, foreign) == foreign
     stored = weights.read(folder)
-    written = {tensor.name: tensor for tensor in keys.tensors(params, family.rules(config, foreign))}
+    written = {tensor.name: tensor for tensor in writing.tensors(params, family.rules(config, foreign))}
     assert set(stored) == set(written)
     for name, tensor in written.items():
         if not name.endswith("num_batches_tracked"):

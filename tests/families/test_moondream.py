@@ -12,7 +12,7 @@ import mmjax
 from mmjax import tree
 from mmjax.checkpoints import safetensors
 from mmjax.errors import UserError
-from mmjax.families import keys, moondream
+from mmjax.families import moondream, writing
 from mmjax.models import multimodal
 
 CONFIG = {
@@ -49,7 +49,7 @@ def directory(tmp_path_factory):
     rng = np.random.default_rng(0)
     shapes = tree.flatten(multimodal.shapes(config))
     params = {p: rng.standard_normal(s.shape).astype(np.float32) * 0.2 + p.endswith("scale") for p, s in shapes.items()}
-    safetensors.write(keys.tensors(tree.unflatten(params), moondream.FAMILY.rules(config, CONFIG)), path)
+    safetensors.write(writing.tensors(tree.unflatten(params), moondream.FAMILY.rules(config, CONFIG)), path)
     (path / "config.json").write_text(json.dumps(CONFIG))
     return path
 

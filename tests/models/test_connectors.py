@@ -7,7 +7,7 @@ import pytest
 
 from mmjax import tree
 from mmjax.checkpoints import safetensors, weights
-from mmjax.families import composed, keys
+from mmjax.families import composed, reading, writing
 from mmjax.models import adapters, connectors, kernels, multimodal
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig
@@ -86,8 +86,8 @@ def test_every_kind_goes_out_and_comes_back(name, tmp_path):
     config = {**KINDS, **PERCEIVERS}[name]
     params = {"connector": connectors.init(tiny.key(), config)}
     rules = composed.connector_rules(config)
-    safetensors.write(keys.tensors(params, rules), tmp_path)
-    back = keys.load(weights.read(tmp_path), rules, params, dtype="float32")
+    safetensors.write(writing.tensors(params, rules), tmp_path)
+    back = reading.load(weights.read(tmp_path), rules, params, dtype="float32")
     assert jax.tree.all(jax.tree.map(np.array_equal, params, {"connector": {}, **back}))
 
 

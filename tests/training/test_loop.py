@@ -18,6 +18,10 @@ from mmjax import config, tree
 from mmjax.checkpoints.store import Checkpoint, newest, overlay
 from mmjax.errors import UserError
 from mmjax.models import multimodal
+from mmjax.parallel.mesh import make_mesh
+from mmjax.parallel.sharding import param_shardings
+from mmjax.training import loop
+from mmjax.training.trainable import select
 from tests.training import small_run, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +103,7 @@ def test_every_stage_reloads_from_the_workdir(whole):
     fresh = jax.tree.map(np.zeros_like, tiny.params(small_run.MODEL))
     first, last = newest(whole / "run", ("read",)), newest(whole / "run", ("read", "tune"))
     assert first.ended and last.ended and (first.step, last.step) == (12, 12)
-    read, tuned = (tree.flatten(overlay(fresh, found)) for found in (first, last))
+    read, tuned = (tree.flatten(overlay(dict(fresh), found)) for found in (first, last))
     start = tree.flatten(tiny.params(small_run.MODEL))
     for path in start:
         changed_first = not np.array_equal(read[path], start[path])
@@ -163,3 +167,18 @@ def test_early_stopping_ends_with_the_best_weights(tmp_path):
     saved = tree.flatten(overlay(multimodal.shapes(small_run.MODEL), final))
     for path, leaf in tree.flatten(params).items():  # what the run returns is what it saved
         np.testing.assert_array_equal(leaf, saved[path])
+
+
+def test_no_leaf_is_held_twice():
+    """What a stage begins with is taken from its caller; frozen kernels are given back as bits of the same memory."""
+    params = jax.tree.map(lambda leaf: leaf.astype("bfloat16"), tiny.params(small_run.MODEL))
+    selection = select(params, ("llm/**/lora_*",), "")
+    shardings = param_shardings(params, make_mesh(config.Mesh(data=1), jax.devices()[:1]))
+    before = {path: leaf.unsafe_buffer_pointer() for path, leaf in tree.flatten(params).items()}
+    trainable, frozen = loop._divided(params, shardings, selection, "float32", "bfloat16")
+    assert not params
+    held = tree.flatten(frozen)
+    assert held["llm/layers/mlp/up/kernel"].dtype == np.uint16 and len(held) + len(tree.flatten(trainable)) == len(before)
+    assert all(leaf.unsafe_buffer_pointer() == before[path] for path, leaf in held.items())
+    released = tree.flatten(loop.release(frozen))
+    assert all(leaf.dtype == "bfloat16" and leaf.unsafe_buffer_pointer() == before[path] for path, leaf in released.items())

@@ -14,11 +14,14 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from mmjax.checkpoints import safetensors, weights
+from mmjax import tree
+from mmjax.checkpoints import weights
 from mmjax.checkpoints.peft import adaption_prompt, lora, prompts, scaling
 from mmjax.checkpoints.peft.method import NEUTRAL, Base, Directory, Method
 from mmjax.errors import UserError
+from mmjax.families import writing
 from mmjax.models.tuning_config import Adapter
+from mmjax.parallel import placement
 from mmjax.tree import Params
 
 log = logging.getLogger(__name__)
@@ -80,9 +83,11 @@ def write(params: Params, adapter: Adapter, base: Base, path: str | Path, *, bas
     method = next((method for method in METHODS if method.writes(adapter)), None)
     if method is None:
         raise UserError(f"adapter {adapter.name!r}: peft has no such method; a workdir or `merge` keeps it")
-    path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    together = placement.crosses(params)
+    if together:  # an adapter is small
+        own = {p: placement.row(leaf) for p, leaf in tree.flatten(params).items() if tree.adapter_of(p) == adapter.name}
+        params = tree.merge(params, tree.unflatten(own))
     fields, tensors = method.write(params, adapter, base, dtype)
     common = {"peft_type": method.peft_type, "base_model_name_or_path": base_name, "inference_mode": True}
-    safetensors.write_file(tensors, path / NAMES[0])
-    (path / "adapter_config.json").write_text(json.dumps({"task_type": "CAUSAL_LM", **fields, **common}, indent=2) + "\n")
+    written = json.dumps({"task_type": "CAUSAL_LM", **fields, **common}, indent=2) + "\n"
+    writing.write_adapter(tensors, Path(path), NAMES[0], written, together=together)

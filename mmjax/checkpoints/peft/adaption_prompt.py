@@ -18,9 +18,10 @@ from mmjax.checkpoints import weights
 from mmjax.checkpoints.peft.method import Base, Directory, Method
 from mmjax.checkpoints.safetensors import Tensor
 from mmjax.errors import UserError
-from mmjax.families.keys import Rule, row
+from mmjax.families.keys import Rule
 from mmjax.models.adaption_prompt import sits_on
 from mmjax.models.tuning_config import AdaptionPromptConfig
+from mmjax.parallel.placement import row
 from mmjax.tree import Params
 
 MODELS = ("llama", "mistral")

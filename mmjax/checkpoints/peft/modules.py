@@ -18,9 +18,10 @@ from mmjax.checkpoints import weights
 from mmjax.checkpoints.peft.method import Base, Directory, Fields
 from mmjax.checkpoints.safetensors import Stored, Tensor
 from mmjax.errors import UserError
-from mmjax.families.keys import Piece, Rule, joined, row, same, transposed
+from mmjax.families.keys import Piece, Rule, joined, same, transposed
 from mmjax.models import adapter_places, adapters
 from mmjax.models.tuning_config import Adapter
+from mmjax.parallel.placement import row
 from mmjax.tree import Params
 
 PREFIX = "base_model.model."
@@ -277,13 +278,13 @@ def rows_of(
     copies: dict[tuple[str, int | None, str], np.ndarray] = {}
     for place in adapter_places.places(params, base.config, adapter):
         for name in adapter_places.names(place, flat):
-            whole = np.asarray(flat[f"{place.at}/{name}"], np.float32)
+            whole = np.asarray(row(flat[f"{place.at}/{name}"]), np.float32)
             for k, layer in enumerate((None,) if place.layers is None else place.layers):
-                row = whole if layer is None else whole[k]
+                one = whole if layer is None else whole[k]
                 if place.copies:
-                    copies[place.path, layer, name] = row
+                    copies[place.path, layer, name] = one
                 else:
-                    beside.setdefault((place.path, layer), {})[name] = row
+                    beside.setdefault((place.path, layer), {})[name] = one
     return beside, copies
 
 
