@@ -85,7 +85,7 @@ def measure(loader: str, directory: Path) -> tuple[int, float]:
     return peak, float(said.split("seconds")[-1])
 
 
-def anonymous(pid: int) -> int:
+def anonymous(pid: int | str) -> int:
     """RssAnon of a process, in bytes; 0 when it has gone."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
