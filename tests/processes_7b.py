@@ -102,7 +102,8 @@ def _run(directory: Path, phase: list[str]) -> int:
     from mmjax.jobs.train import _pipelines
     from mmjax.parallel.mesh import make_mesh
     from mmjax.parallel.sharding import param_shardings
-    from mmjax.training.loop import Run, noting_sigterm, train
+    from mmjax.training.loop import Run, train
+    from mmjax.training.termination import noting_sigterm
 
     asked = recipe(directory)
     workdir, mesh = directory / "workdir", make_mesh(asked.mesh)
