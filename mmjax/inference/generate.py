@@ -223,7 +223,7 @@ def _cut(state: Rows, ended: Ended, pad: int) -> Rows:
         if length is not None:
             tokens[row, length:], finished[row] = pad, True
     new = {"tokens": tokens, "finished": finished}
-    return state._replace(**{name: jax.device_put(array, getattr(state, name).sharding) for name, array in new.items()})
+    return state._replace(**{name: placed(array, getattr(state, name).sharding) for name, array in new.items()})
 
 
 def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, room: int):

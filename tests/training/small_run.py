@@ -1,8 +1,10 @@
 """A whole run of two stages on a tiny language model, without files of data: `python -m tests.training.small_run WORKDIR`.
 
-The tests kill it and start it again."""
+The tests kill it and start it again. `... WORKDIR HOST:PORT PROCESSES PROCESS` is one of several processes, which train the second stage
+alone, and then write what the model answers to WORKDIR/answers.json."""
 
 import dataclasses
+import json
 import os
 import sys
 import types
@@ -15,8 +17,12 @@ import jax
 
 from mmjax import config
 from mmjax.checkpoints.store import Store
-from mmjax.models.config import ModelConfig
-from mmjax.parallel.mesh import make_mesh
+from mmjax.inference.generate import generate
+from mmjax.inference.sampling import Sampling
+from mmjax.models.config import Execution, ModelConfig
+from mmjax.parallel import cluster
+from mmjax.parallel.mesh import make_mesh, own_shards
+from mmjax.parallel.sharding import param_shardings, placed
 from mmjax.training.loop import Run, train
 from mmjax.training.termination import noting_sigterm
 from tests.training import tiny
@@ -54,10 +60,11 @@ class Skipped:
 
 
 class Data:
-    """The batches of a stage, made from their step's number; stands in for mmjax.data.pipeline.Pipeline."""
+    """The batches of a stage, made from their step's number; stands in for mmjax.data.pipeline.Pipeline. `own` of two: the rows of
+    those shards."""
 
-    def __init__(self, steps: int, seed: int, broken: int = -1):
-        self.steps, self.seed, self.broken = steps, seed, broken
+    def __init__(self, steps: int, seed: int, broken: int = -1, own: tuple[int, ...] = (0, 1)):
+        self.steps, self.seed, self.broken, self.own = steps, seed, broken, own
         self.skipped: list[Skipped] = []
 
     def batches(self, start_step: int = 0):
@@ -66,30 +73,32 @@ class Data:
             supervised = int(batch.weights.sum())
             if step == self.broken:
                 batch.weights[2] = float("inf")
-            skipped = (Skipped("set", f"bad{step}", "torn"),) if step == 5 else ()
+            rows = [row for row in range(4) if row // 2 in self.own]
+            skipped = (Skipped("set", f"bad{step}", "torn"),) if step == 5 and 1 in self.own else ()
             self.skipped += skipped
             info = types.SimpleNamespace(
                 epoch=step / self.steps,
-                ids=tuple((f"{step}-{row}",) for row in range(4)),
+                ids=tuple((f"{step}-{row}",) for row in rows),
                 tokens=int(batch.segments.sum()),
                 supervised=supervised,
                 padding=0.1,
                 images=0,
                 tiles=0,
                 answers=0,
-                samples=4,
+                samples=len(rows),
                 step=step,
                 skipped=skipped,
-                share=1.0,
+                share=len(rows) / 4,
             )
-            yield dataclasses.replace(batch, images=None, tiles=None, media=None), info
+            batch = dataclasses.replace(batch, images=None, tiles=None, media=None)
+            yield jax.tree.map(lambda leaf: leaf[rows], batch), info
 
 
-def run(workdir: Path, recipe: config.Recipe = RECIPE, pipelines=None, model: ModelConfig = MODEL):
-    """Trains; returns the run's parameters."""
+def run(workdir: Path, recipe: config.Recipe = RECIPE, pipelines=None, model: ModelConfig = MODEL, mesh=None):
+    """Trains, on one device unless a mesh is given; returns the run's parameters."""
     workdir.mkdir(exist_ok=True)
     store = Store(workdir, recipe.checkpoint, {})
-    mesh = make_mesh(config.Mesh(data=1), jax.devices()[:1])
+    mesh = mesh or make_mesh(config.Mesh(data=1), jax.devices()[:1])
     made = pipelines or (
         lambda name, _: (Data(12, {"read": 0, "tune": 100}[name]), Data(1, 1000) if name == "tune" else None)
     )
@@ -100,5 +109,22 @@ def run(workdir: Path, recipe: config.Recipe = RECIPE, pipelines=None, model: Mo
     return trained
 
 
+def run_on_two(workdir: Path) -> None:
+    """The second stage on two devices, of this process or of two, and then an answer to each of four prompts."""
+    mesh = make_mesh(config.Mesh(data=2), jax.devices()[:2])
+    own = own_shards(mesh)
+    recipe = dataclasses.replace(RECIPE, run=("tune",))
+    params = run(workdir, recipe, lambda *_: (Data(12, 100, own=own), Data(1, 1000, own=own)), mesh=mesh)
+    params = jax.tree.map(placed, params, param_shardings(params, mesh))
+    prompts = dataclasses.replace(tiny.batch(rows=4, length=8, groups=1), images=None, tiles=None, media=None)
+    tokens = generate(params, MODEL, prompts, Sampling(max_new_tokens=6), Execution(mesh=mesh)).tokens
+    if jax.process_index() == 0:
+        (workdir / "answers.json").write_text(json.dumps(tokens.tolist()))
+
+
 if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+    if len(sys.argv) == 2:
+        run(Path(sys.argv[1]))
+    else:
+        with cluster.joined(cluster.Asked(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), heartbeat=20)):
+            run_on_two(Path(sys.argv[1]))

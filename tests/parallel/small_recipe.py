@@ -1,0 +1,60 @@
+"""As little as one recipe can be that reads pictures, drops out, validates, evaluates and exports: for runs of several processes."""
+
+from mmjax import config
+
+
+def get_config(argument: str = ""):
+    recipe = config.Recipe(
+        name="small",
+        model=config.Model(
+            llm=config.Part(
+                config=dict(
+                    model_type="llama",
+                    hidden_size=32,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    intermediate_size=64,
+                    max_position_embeddings=128,
+                )
+            ),
+            vision=config.Part(
+                config=dict(
+                    model_type="siglip_vision_model",
+                    hidden_size=16,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    intermediate_size=32,
+                    image_size=32,
+                    patch_size=16,
+                )
+            ),
+            feature_layers=(-1,),
+            image=config.Image(aspect="squash"),
+            tokenizer=config.Tokenizer(kind="word"),
+            adapters={"see": config.Adapter(rank=4, dropout=0.1)},
+        ),
+        stages={
+            "see": config.Stage(
+                trainable=("connector/**", "llm/**/lora_*"),
+                sources={"scenes": _source("train")},
+                steps=8,
+                rows=8,
+                length=64,
+                tiles=2,
+                optimizer=config.Optimizer(learning_rate=1e-2),
+                validation=config.Validation(sources={"scenes": _source("held_out")}, every=4, batches=1),
+            )
+        },
+        run=("see",),
+        evaluations={"scenes": config.Evaluation(source=_source("held_out"), limit=8, batch=8, max_new_tokens=4, samples=2)},
+        mesh=config.Mesh(cpu_devices=1),
+        checkpoint=config.Checkpoint(every=2),
+        logging=config.Logging(every=1, tensorboard=False),
+        export=config.Export(after_training=True),
+    )
+    return config.to_config_dict(recipe)
+
+
+def _source(split: str) -> config.Source:
+    return config.Source(kind="digits", options={"split": split, "task": "questions", "size": 32})
