@@ -222,8 +222,7 @@ def _cut(state: Rows, ended: Ended, pad: int) -> Rows:
         length = ended(tokens[row, :step])
         if length is not None:
             tokens[row, length:], finished[row] = pad, True
-    new = {"tokens": tokens, "finished": finished}
-    return state._replace(**{name: placed(array, getattr(state, name).sharding) for name, array in new.items()})
+    return state._replace(tokens=placed(tokens, state.tokens.sharding), finished=placed(finished, state.finished.sharding))
 
 
 def _prefill(params: Params, batch: Batch, config: ModelConfig, run: Execution, room: int):

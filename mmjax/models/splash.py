@@ -91,7 +91,7 @@ def attention(
         row_axes = DATA_AXES if rows % data_shards(mesh) == 0 else None
         head_axis = "tensor" if tensor > 1 else None
         queries, read = PartitionSpec(row_axes, head_axis, "sequence"), PartitionSpec(row_axes, head_axis)
-        ids = segments and kernels.SegmentIds(PartitionSpec(row_axes, "sequence"), PartitionSpec(row_axes))
+        ids: Any = segments and kernels.SegmentIds(PartitionSpec(row_axes, "sequence"), PartitionSpec(row_axes))  # type: ignore[arg-type]
         own_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "sequence")))
         y = jax.shard_map(
             lambda kernel, *inputs: jax.vmap(kernel)(*inputs),

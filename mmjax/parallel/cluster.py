@@ -209,7 +209,7 @@ def _initialize(asked: Asked) -> None:
         print(f"mmjax: {what}", file=sys.stderr, flush=True)
         os._exit(1)
 
-    timing = {"initialization_timeout": asked.start + 60, "heartbeat_timeout_seconds": asked.heartbeat, "shutdown_timeout_seconds": 60}
+    timing: dict[str, Any] = {"initialization_timeout": asked.start + 60, "heartbeat_timeout_seconds": asked.heartbeat, "shutdown_timeout_seconds": 60}
     limit = threading.Timer(asked.start, give_up)
     limit.daemon = True
     limit.start()

@@ -106,7 +106,8 @@ def _taken(leaf: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
 
 
 def _on_processor(array: jax.Array) -> bool:
-    return next(iter(array.sharding.device_set)).platform == "cpu"
+    device: Any = next(iter(array.sharding.device_set))
+    return device.platform == "cpu"
 
 
 def _bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:

@@ -137,7 +137,8 @@ def from_own_rows(batch: Batch, mesh: Mesh) -> Batch:
     def placed(sharding: NamedSharding, leaf: np.ndarray) -> jax.Array:
         rows = len(leaf) // len(own)  # of a shard
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None
             first = own.index((index[0].start or 0) // rows) * rows
             return leaf[(slice(first, first + rows), *index[1:])]
 

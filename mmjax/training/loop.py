@@ -128,7 +128,8 @@ def train_stage(
         state = init_state(trainable, optimizer, run.mesh)
     else:
         moments = found.optimizer(state_shapes(trainable, optimizer).optimizer, places.optimizer)
-        step = placed(np.asarray(start, np.int32), places.step)
+        place: Any = places.step
+        step = placed(np.asarray(start, np.int32), place)
         state = State(step, jax.tree.map(placed, trainable, places.trainable), moments)
     del trainable
 

@@ -32,7 +32,8 @@ def init_state(trainable: Params, optimizer: optax.GradientTransformation, mesh:
     """The state before step 0. `trainable` is placed on the mesh and belongs to the state from here on."""
     shardings = state_shardings(trainable, optimizer, mesh)
     trainable = jax.tree.map(placed, trainable, shardings.trainable)
-    step = placed(np.zeros((), np.int32), shardings.step)
+    place: Any = shardings.step
+    step = placed(np.zeros((), np.int32), place)
     state = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trainable)
     return State(step, trainable, state)
 
