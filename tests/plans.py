@@ -137,9 +137,9 @@ def table(known: dict[str, Any]) -> str:
     """launch/plans.md."""
     versions = ", ".join(f"{name} {version}" for name, version in known["versions"].items())
     lines = [
-        "# Every recipe on two slices",
+        "# Recipes on slices of TPUs",
         "",
-        f"Written by `python -m tests.plans` ({versions}) from plans.json beside it. The last stage of each recipe at its published size, compiled "
+        f"Written by `python -m tests.plans` ({versions}) from plans.json beside it. The last stage of a recipe at its published size, compiled "
         "for the slice; nothing was run.",
         "",
         *(f"    {line}" for line in report.NOTES.splitlines()),
