@@ -76,8 +76,8 @@ def _on(slice: Target, recipe: Recipe, config: ModelConfig, known: dict[str, flo
             plans.append(best.plan)
         else:
             plans.append(plan(recipe, recipe.mesh))
-        if plans[-1].rows != recipe.stages[name].rows:
-            print(f"{name}: {recipe.stages[name].rows} rows cannot be divided over this mesh: planned with --config.stages.{name}.rows={plans[-1].rows}")
+        if plans[-1].stage.rows != recipe.stages[name].rows:
+            print(f"{name}: {recipe.stages[name].rows} rows cannot be divided over this mesh: planned with --config.stages.{name}.rows={plans[-1].stage.rows}")
         print(report.text(plans[-1], per_row) + "\n")
         last = report.figures(plans[-1], per_row)
         found |= {f"{key}_{name}": value for key, value in last.items()} | last
@@ -97,7 +97,7 @@ def _on(slice: Target, recipe: Recipe, config: ModelConfig, known: dict[str, flo
 def _tried_row(tried: Any) -> list[str]:
     plan = tried.plan
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    settings = f"{mesh}, {plan.rows} rows, {tried.remat}, {tried.accumulate}"
+    settings = f"{mesh}, {plan.stage.rows} rows, {tried.remat}, {tried.accumulate}"
     found = plan.estimate
     if found is None or not plan.fits:
         return [settings, f"{plan.needed / 2**30:.2f}", "does not fit", ""]

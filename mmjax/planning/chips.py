@@ -28,8 +28,6 @@ class Chip:
                it is the peak over what the chip's matrix units do in a cycle (TensorCores x units x side^2 x 2)
     links, link_speed    a TPU's links to its neighbours, and bytes/s of one in one direction: "bidirectional bandwidth per chip" / links / 2.
                A GPU has one, to the switch of its machine
-    machine    devices of one host
-    network    bytes/s of one device to other slices or machines (DCN, InfiniBand)
     """
 
     kind: str
@@ -38,8 +36,6 @@ class Chip:
     clock: float = 0.0
     links: int = 1
     link_speed: float = 0.0
-    machine: int = 8
-    network: float = 0.0
 
     @property
     def flops(self) -> float:
@@ -48,16 +44,15 @@ class Chip:
 
 
 # TPUs: "Key specifications" of https://docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e (HBM: what of it XLA lets a program use). v5e: 4
-# units of 128 x 128; v5p: 2 cores with 4 of these; v6e: 2 units of 256 x 256, which do two products a cycle. Network: v5e 6.4 Tb/s for 256
-# chips, v5p 50 Gb/s a chip; v6e as v5p, which is an assumption. GPUs: data sheets of A100 SXM 80 GB, H100 SXM and H200, NVLink in one
-# direction, InfiniBand of the DGX machines (200, 400 and 400 Gb/s a GPU).
+# units of 128 x 128; v5p: 2 cores with 4 of these; v6e: 2 units of 256 x 256, which do two products a cycle. GPUs: data sheets of A100 SXM
+# 80 GB, H100 SXM and H200, NVLink in one direction.
 CHIPS = {
-    "v5e": Chip("TPU v5 lite", int(15.75 * 2**30), 819e9, 1.5e9, 4, 50e9, 8, 3.125e9),
-    "v5p": Chip("TPU v5", int(95.74 * 2**30), 2765e9, 1.75e9, 6, 100e9, 4, 6.25e9),
-    "v6e": Chip("TPU v6 lite", int(31.25 * 2**30), 1638e9, 1.75e9, 4, 100e9, 8, 6.25e9),
-    "a100": Chip("NVIDIA A100", 80 * 10**9, 2039e9, 0.0, 1, 300e9, 8, 25e9),
-    "h100": Chip("NVIDIA H100", 80 * 10**9, 3350e9, 0.0, 1, 450e9, 8, 50e9),
-    "h200": Chip("NVIDIA H200", 141 * 10**9, 4800e9, 0.0, 1, 450e9, 8, 50e9),
+    "v5e": Chip("TPU v5 lite", int(15.75 * 2**30), 819e9, 1.5e9, 4, 50e9),
+    "v5p": Chip("TPU v5", int(95.74 * 2**30), 2765e9, 1.75e9, 6, 100e9),
+    "v6e": Chip("TPU v6 lite", int(31.25 * 2**30), 1638e9, 1.75e9, 4, 100e9),
+    "a100": Chip("NVIDIA A100", 80 * 10**9, 2039e9, 0.0, 1, 300e9),
+    "h100": Chip("NVIDIA H100", 80 * 10**9, 3350e9, 0.0, 1, 450e9),
+    "h200": Chip("NVIDIA H200", 141 * 10**9, 4800e9, 0.0, 1, 450e9),
     "cpu": Chip("cpu", 0, 0.0),
 }
 

@@ -25,7 +25,7 @@ def text(plan: StagePlan, samples_per_row: float) -> str:
     """The lines that are printed."""
     chip, lines = plan.target.chip, []
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    lines.append(f"{plan.name} on {plan.target.name} ({plan.target.count} x {chip.kind}), mesh {mesh}, {plan.rows} rows a step")
+    lines.append(f"{plan.name} on {plan.target.name} ({plan.target.count} x {chip.kind}), mesh {mesh}, {plan.stage.rows} rows a step")
     held = ", ".join(f"{part} {_gib(size)}" for part, size in plan.held.items())
     if plan.compiled is None:
         lines.append(f"  per device: {held} GiB; activations: not known, since {_why_not(plan.target)}")
@@ -48,7 +48,7 @@ def text(plan: StagePlan, samples_per_row: float) -> str:
             f"  MFU: {found.mfu(found.compute):.1%} of the computation alone; {found.mfu(slow):.1%} to {found.mfu(fast):.1%} with communication "
             "(none to all of it beside the computation)",
             *([_without_kernels(plan)] if plan.plain else []),
-            f"  {samples_per_row * plan.rows / slow:,.1f} to {samples_per_row * plan.rows / fast:,.1f} samples/s",
+            f"  {samples_per_row * plan.stage.rows / slow:,.1f} to {samples_per_row * plan.stage.rows / fast:,.1f} samples/s",
         ]
         if hours := hours_of(plan, samples_per_row):
             lines.append(f"  the stage: {hours[0]:,.1f} to {hours[1]:,.1f} hours, {hours[0] * found.devices:,.0f} to {hours[1] * found.devices:,.0f} chip hours")
@@ -66,7 +66,7 @@ def text(plan: StagePlan, samples_per_row: float) -> str:
 
 def figures(plan: StagePlan, samples_per_row: float) -> dict[str, float]:
     """What goes to results.json; a `fits` that nobody knows is left out."""
-    found: dict[str, float] = {"bytes_per_device": plan.needed, "hbm_bytes": plan.target.chip.hbm, "devices": plan.target.count, "rows": plan.rows}
+    found: dict[str, float] = {"bytes_per_device": plan.needed, "hbm_bytes": plan.target.chip.hbm, "devices": plan.target.count, "rows": plan.stage.rows}
     found |= {f"bytes_{part}_per_device": size for part, size in plan.held.items()}
     if plan.fits is not None:
         found["fits"] = plan.fits
@@ -88,8 +88,8 @@ def figures(plan: StagePlan, samples_per_row: float) -> dict[str, float]:
             "predicted_mfu": e.mfu(e.compute),
             "predicted_mfu_with_communication_least": e.mfu(slow),
             "predicted_mfu_with_communication_most": e.mfu(fast),
-            "predicted_samples_per_second_least": samples_per_row * plan.rows / slow,
-            "predicted_samples_per_second_most": samples_per_row * plan.rows / fast,
+            "predicted_samples_per_second_least": samples_per_row * plan.stage.rows / slow,
+            "predicted_samples_per_second_most": samples_per_row * plan.stage.rows / fast,
             "unexplained_large_buffers": sum(not item.why for item in plan.large),
         }
         if plan.plain is not None:
@@ -107,7 +107,7 @@ def hours_of(plan: StagePlan, samples_per_row: float) -> tuple[float, float] | N
     steps: float = plan.stage.steps
     sizes = [source.samples for source in plan.stage.sources.values()]
     if not steps and sizes and all(sizes):
-        steps = plan.stage.epochs * sum(sizes) / (samples_per_row * plan.rows)
+        steps = plan.stage.epochs * sum(sizes) / (samples_per_row * plan.stage.rows)
     if not steps or plan.estimate is None:
         return None
     return plan.estimate.step[0] * steps / 3600, plan.estimate.step[1] * steps / 3600

@@ -32,14 +32,14 @@ class Tried:
         """Of a step, all communication beside nothing, for a row: what candidates are compared by; infinite where it does not fit."""
         if self.plan.estimate is None or not self.plan.fits:
             return float("inf")
-        return self.plan.estimate.step[1] / self.plan.rows
+        return self.plan.estimate.step[1] / self.plan.stage.rows
 
     @property
     def flags(self) -> str:
         """For the command line."""
         sizes = " ".join(f"--config.mesh.{axis}={getattr(self.mesh, axis)}" for axis in ("data", "fsdp", "tensor", "expert"))
         key = f"--config.stages.{self.plan.name}"
-        return f"{sizes} {key}.rows={self.plan.rows} {key}.remat={self.remat} {key}.accumulate={self.accumulate}"
+        return f"{sizes} {key}.rows={self.plan.stage.rows} {key}.remat={self.remat} {key}.accumulate={self.accumulate}"
 
 
 Plan = Callable[[Recipe, recipes.Mesh], StagePlan]
@@ -51,13 +51,15 @@ def search(recipe: Recipe, name: str, config: ModelConfig, target: Target, plan:
     Meshes come first, under the recipe's own rematerialisation or, where that does not fit, a stronger one and more micro-batches; then
     weaker rematerialisation on the best mesh. Raises UserError where nothing was tried."""
     tried: list[Tried] = []
+    refused: list[str] = []
 
     def attempt(mesh: recipes.Mesh, remat: Any, accumulate: int) -> Tried | None:
         stage = dataclasses.replace(recipe.stages[name], remat=remat, accumulate=accumulate)
         changed = dataclasses.replace(recipe, stages={**recipe.stages, name: stage})
         try:
             made = plan(changed, mesh)
-        except UserError:  # this mesh does not go with this model
+        except UserError as error:  # this mesh does not go with this model
+            refused.append(str(error))
             return None
         tried.append(Tried(mesh, remat, accumulate, made))
         return tried[-1]
@@ -69,7 +71,7 @@ def search(recipe: Recipe, name: str, config: ModelConfig, target: Target, plan:
             if found is None or found.plan.fits:
                 break
     if not tried:
-        raise UserError(f"no mesh of {target.name} goes with stages.{name}")
+        raise UserError(f"no mesh of {target.name} goes with stages.{name}: {refused[0]}")
     best = min(tried, key=lambda t: t.seconds)
     for remat in tqdm([r for r in ("none", "dots", "full") if r != best.remat], f"{name}: rematerialisation", disable=None):
         attempt(best.mesh, remat, best.accumulate)

@@ -41,7 +41,7 @@ class StagePlan:
     """bytes per device; `compiled` and what follows are None or empty where there is no compiler for the target, and `estimate` also where
     the step does not fit.
 
-    rows        of the step: stage.rows, or the next number that the mesh divides
+    stage       as planned: its rows are the recipe's, or the next number that the mesh divides
     held        bytes of trained and frozen parameters, optimizer state and batch, from shapes and their shardings
     plain       of the same step with attention as XLA has it, (bytes per device, estimate); None where it has none; no estimate where that does not fit
     costs       the dearest operations: (operation, share of the compiler's cycles)
@@ -52,7 +52,6 @@ class StagePlan:
     target: Target
     mesh: dict[str, int]
     stage: Stage
-    rows: int
     held: dict[str, int]
     compiled: Compiled | None = None
     estimate: Estimate | None = None
@@ -83,7 +82,7 @@ def plan_stage(
     prepared = prepare(recipe, name, config, mesh)
     rows = prepared.stage.rows
     shape = {axis: size for axis, size in mesh.shape.items() if size > 1} or {"data": 1}
-    known: dict[str, Any] = {"name": name, "target": target, "mesh": shape, "stage": prepared.stage, "rows": rows, "held": _held(prepared)}
+    known: dict[str, Any] = {"name": name, "target": target, "mesh": shape, "stage": prepared.stage, "held": _held(prepared)}
     if not isinstance(mesh, Mesh):
         return StagePlan(**known)
     made = compile_step(recipe, name, prepared, mesh)
