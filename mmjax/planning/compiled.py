@@ -43,6 +43,7 @@ class Compiled:
     needed     bytes per device in all
     refused    the compiler's own words where memory did not suffice; its largest allocations are in there
     seconds    of lowering and compiling
+    results    shardings of what it returns; None where it did not fit
     """
 
     text: str
@@ -50,6 +51,7 @@ class Compiled:
     needed: int
     refused: str
     seconds: float
+    results: Any = None
 
 
 def prepare(recipe: Recipe, name: str, config: ModelConfig, mesh: Any) -> Arguments:
@@ -97,7 +99,7 @@ def compiled(function: Any, shapes: Sequence[Any]) -> Compiled:
         "temporaries": stats.temp_size_in_bytes,
     }
     needed = memory["arguments"] + memory["outputs"] - memory["aliased"] + memory["temporaries"]
-    return Compiled(program.as_text(), memory, needed, "", time.perf_counter() - began)
+    return Compiled(program.as_text(), memory, needed, "", time.perf_counter() - began, program.output_shardings)
 
 
 def _bytes(text: str) -> int:

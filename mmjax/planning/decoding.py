@@ -49,10 +49,11 @@ def plan_decoding(recipe: Recipe, config: ModelConfig, target: Target) -> Decodi
     settings = {"config": config, "sampling": sampling, "run": run}
     key, limit = jax.eval_shape(lambda: jax.random.key(0)), jax.ShapeDtypeStruct((), jnp.int32)
     start = functools.partial(generate._start, return_scores=False, **settings)
-    lowered = jax.jit(start).lower(params, batch, key, limit).compile()
-    state, remembered = arguments.placed(jax.eval_shape(start, params, batch, key, limit), lowered.output_shardings)
-    advance = functools.partial(generate._advance, **settings)
-    made = compiled(jax.jit(advance, donate_argnums=2), (params, remembered, state, limit))
+    made = compiled(jax.jit(start), (params, batch, key, limit))
+    if not made.refused:
+        state, remembered = arguments.placed(jax.eval_shape(start, params, batch, key, limit), made.results)
+        advance = functools.partial(generate._advance, **settings)
+        made = compiled(jax.jit(advance, donate_argnums=2), (params, remembered, state, limit))
     rows, shards = stage.rows, data_shards(mesh)
     begin = f"decoding on {target.name}: {rows} rows of {stage.length} tokens, room for {sampling.max_new_tokens} more"
     figures: dict[str, float] = {"decode_rows": rows, "bytes_per_device_decode": made.needed, "compile_seconds_decode": made.seconds}
