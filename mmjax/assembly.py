@@ -487,7 +487,8 @@ def _drawing(
 @functools.lru_cache(maxsize=8)
 def _program(draw: Callable[[jax.Array], Params], places: tuple[tuple[str, Any], ...] | None) -> Callable[[np.ndarray], Params]:
     # It runs once: on a CPU, optimising the program takes longer than running it.
-    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0"} if jax.default_backend() == "cpu" else {}
+    cheap: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+    options = cheap if jax.default_backend() == "cpu" else {}
     return jax.jit(draw, compiler_options=options, out_shardings=None if places is None else tree.unflatten(dict(places)))
 
 

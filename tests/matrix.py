@@ -33,6 +33,7 @@ from mmjax.model import Model as Assembled
 from mmjax.models import multimodal
 from mmjax.models.config import Execution
 from mmjax.training.loss import language_loss, total_weight
+from tests import CHEAP_COMPILES
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 PICTURE = {"image_size": 28, "patch_size": 7}
@@ -177,7 +178,7 @@ def _step(model: Assembled) -> tuple[Assembled, float, float]:
     def loss(params: Any) -> jax.Array:
         return language_loss(params, model.config, batch, model.run, groups=1).sum() / total_weight(batch)
 
-    graded = jax.jit(jax.value_and_grad(loss), compiler_options={"xla_backend_optimization_level": "0"})
+    graded = jax.jit(jax.value_and_grad(loss), compiler_options=CHEAP_COMPILES)
     before, gradient = graded(model.params)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))
     params = jax.tree.map(lambda p, g: p - 0.05 / norm * g, model.params, gradient)

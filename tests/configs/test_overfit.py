@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import CHEAP_XLA_FLAGS
 from tests.configs import expand
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,8 +20,7 @@ RECIPES = expand.systems()
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, dict]:
     directory = tmp_path_factory.mktemp("overfit")
-    # Most of the time goes into compiling: the machine code need not be good.
-    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment = {**os.environ, "XLA_FLAGS": CHEAP_XLA_FLAGS}
     command = [sys.executable, "-m", "tests.configs.overfit", str(directory), *RECIPES]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

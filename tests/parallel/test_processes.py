@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from mmjax.checkpoints.store import newest
-from tests import processes
+from tests import CHEAP_XLA_FLAGS, processes
 from tests.training import small_run
 
 LIMIT = 600  # seconds, on a busy machine
-CHEAP = {"XLA_FLAGS": "--xla_backend_optimization_level=0", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+CHEAP = {"XLA_FLAGS": CHEAP_XLA_FLAGS, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @pytest.fixture(scope="module")
