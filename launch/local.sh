@@ -34,4 +34,6 @@ if ! installed test && { [[ -n $extra ]] || ! installed run; }; then
   echo "$wanted" > "$venv/installed-${extra:-run}"
 fi
 
+# Containers often forbid it, but without bytecode on disk every process compiles all that it imports: 10 seconds and more.
+export PYTHONDONTWRITEBYTECODE=
 exec "$venv/bin/python" "$@"

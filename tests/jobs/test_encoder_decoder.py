@@ -44,13 +44,13 @@ RECIPE = config.Recipe(
         "all": config.Stage(
             trainable=("vision/layers/**", "vision/patch/**", "connector/**", "llm/**"),
             sources={"scenes": SCENES},
-            steps=100,
+            steps=120,
             rows=8,
             length=64,
             answer_length=40,
             packing=False,
             tiles=1,
-            optimizer=config.Optimizer(learning_rate=4e-3, clip_norm=1.0),
+            optimizer=config.Optimizer(learning_rate=2e-3, clip_norm=1.0),
         )
     },
     run=("all",),
