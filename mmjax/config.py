@@ -526,7 +526,7 @@ class Mesh:
     fsdp          rows of a batch, and weights, which are gathered layer by layer
     tensor        heads, hidden channels of MLPs, the vocabulary
     sequence      positions of a text
-    expert        of a mixture of experts
+    expert        rows of a batch, experts of a mixture and, with fsdp, all other weights
     cpu_devices   on a machine without accelerators, into how many devices its processor is divided: small operations do not
                   fill several cores, several devices do
     """

@@ -2,6 +2,7 @@
 
     python -m tests.matrix          shapes of every combination, then a pairwise cover of them run; exit code 0 if all did
     python -m tests.matrix shapes   the shapes alone
+    python -m tests.matrix cover    the runs alone
 
 To run a combination is to assemble it from parts that are published separately, to take a step that lowers the loss, to save it
 in the first layout that holds it (transformers' llava, else ours, with the reason), to load that again and to generate the same.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -33,7 +35,7 @@ from mmjax.model import Model as Assembled
 from mmjax.models import multimodal
 from mmjax.models.config import Execution
 from mmjax.training.loss import language_loss, total_weight
-from tests import CHEAP_COMPILES
+from tests import CHEAP_COMPILES, CHEAP_XLA_FLAGS
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 PICTURE = {"image_size": 28, "patch_size": 7}
@@ -212,17 +214,21 @@ def tokenizer(path: Path) -> Path:
 
 
 def main(arguments: list[str]) -> int:
+    os.environ.setdefault("XLA_FLAGS", CHEAP_XLA_FLAGS)
     rows, failed = combinations(), 0
     with tempfile.TemporaryDirectory() as folder:
         words = tokenizer(Path(folder) / "words")
-        for row in tqdm(rows, "shapes"):
-            failed += not _tried(check_shapes, row, words)
-        print(f"{len(rows)} combinations, {failed} without sensible shapes")
-        for row in [] if arguments == ["shapes"] else cover(rows):
+        if arguments != ["cover"]:
+            for row in tqdm(rows, "shapes", disable=None):
+                failed += not _tried(check_shapes, row, words)
+            print(f"{len(rows)} combinations, {failed} without sensible shapes")
+        chosen, wrong = [] if arguments == ["shapes"] else cover(rows), 0
+        for row in chosen:
             with tempfile.TemporaryDirectory() as workdir:
-                failed += not _tried(run, row, words, Path(workdir))
+                wrong += not _tried(run, row, words, Path(workdir))
             jax.clear_caches()
-    return int(bool(failed))
+        print(f"{len(chosen)} of them run, {wrong} failed")
+    return int(bool(failed or wrong))
 
 
 def _tried(check: Any, row: Combination, *given: Any) -> bool:

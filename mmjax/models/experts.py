@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Sequence
 
 import flax.linen as nn
 import jax
@@ -13,16 +14,20 @@ from mmjax.models.attention import on_tpu
 from mmjax.models.block_config import Activation, Experts
 from mmjax.models.kernels import Kernel, matmul, stored
 from mmjax.models.layers import ACTIVATIONS, held_kernel
-from mmjax.parallel.mesh import DATA_AXES, data_shards
+from mmjax.parallel.mesh import DATA_AXES
+from mmjax.parallel.sharding import dividing, names_of, rule
 
+Gathers = tuple[tuple[str, int], ...]
 LANES = 128  # of a TPU
 
 
 class MixtureOfExperts(nn.Module):
     """x [rows, T, width] -> (y [rows, T, width], the router's logits, float32 [rows, T, experts]); arXiv 2401.04088.
 
-    On a mesh tokens stay on their own data shard; each shard of the `expert` axis holds and runs its own experts, on the tokens that
-    chose them, and the outputs of those shards are added.
+    On a mesh tokens stay where they are, and each shard of the `expert` axis holds its own experts. Where rows are divided over that axis as
+    well (as many as in training), their kernels come to the tokens, a layer at a time, as all weights do over `fsdp`: that is less to move
+    than it seems, and no token is dropped or waited for. Where they are not (few rows, in generation), each shard runs its own experts
+    on the tokens that chose them, and the outputs of the shards are added.
     """
 
     experts: Experts
@@ -36,30 +41,25 @@ class MixtureOfExperts(nn.Module):
         logits = matmul(x, _Kernel((width, count), name="router")()).astype(jnp.float32)
         weights, chosen = jax.lax.top_k(jax.nn.softmax(logits, -1), self.experts.chosen)
         weights = (weights / weights.sum(-1, keepdims=True)).astype(x.dtype)
-        kernels = tuple(
-            _Kernel((count, *shape), name=f"experts_{name}")()
-            for name, shape in (
-                ("gate", (width, self.hidden)),
-                ("up", (width, self.hidden)),
-                ("down", (self.hidden, width)),
-            )
-        )
+        shapes = {"gate": (width, self.hidden), "up": (width, self.hidden), "down": (self.hidden, width)}
+        kernels = tuple(_Kernel((count, *shape), name=f"experts_{name}")() for name, shape in shapes.items())
         run = partial(_run, activation=self.activation, tpu=on_tpu(self.mesh))
         if self.mesh is None or self.mesh.size == 1:
-            return run(x, weights, chosen, *kernels), logits
-        mesh = self.mesh
-        # Gathered over fsdp by hand, so that their gradients are scattered over it: of kernels that come in whole, those would be whole, too.
-        cut = tuple(_divided(kernel, axis, mesh, "fsdp") for kernel, axis in zip(kernels, (1, 1, 2)))
-        hidden = tuple(_divided(kernel, axis, mesh, "tensor") for kernel, axis in zip(kernels, (2, 2, 1)))
-        sums = ("expert", "tensor") if hidden[0] is not None else ("expert",)
+            return run(x, weights, chosen, *kernels, experts=count), logits
+        mesh, rows = self.mesh, dividing(DATA_AXES, x.shape[0], self.mesh)
+        specs = tuple(_spec(f"experts_{name}", kernel, mesh) for name, kernel in zip(shapes, kernels))
+        gathered = {"fsdp"} | {"expert"} & set(names_of(rows))  # where each device of `expert` has tokens of its own
+        summed = ("expert", "tensor") if "tensor" in _axes(specs[0]) else ("expert",)
 
         def own(x: jax.Array, weights: jax.Array, chosen: jax.Array, *parts: Kernel) -> jax.Array:
-            first = jax.lax.axis_index("expert") * _count(parts[0])
-            return jax.lax.psum(run(x, weights, chosen, *parts, first=first, cut=cut), sums)
+            # Gathered by hand, so that their gradients are scattered again: of kernels that come in whole, those would be whole, too.
+            gathers = tuple(tuple((axis, at) for axis, at in _axes(spec).items() if axis in gathered) for spec in specs)
+            here = count if "expert" in gathered else _count(parts[0])
+            first = jax.lax.axis_index("expert") * here if here < count else 0
+            y = run(x, weights, chosen, *parts, experts=here, first=first, gathers=gathers)
+            return jax.lax.psum(y, tuple(axis for axis in summed if axis not in gathered))
 
-        rows = DATA_AXES if x.shape[0] % data_shards(mesh) == 0 else None
-        tokens = PartitionSpec(rows, "sequence" if x.shape[1] % mesh.shape["sequence"] == 0 else None)
-        specs = tuple(_spec(*axes) for axes in zip(cut, hidden))
+        tokens = PartitionSpec(rows, dividing("sequence", x.shape[1], mesh))
         y = jax.shard_map(own, mesh=mesh, in_specs=(tokens,) * 3 + specs, out_specs=tokens, check_vma=False)(x, weights, chosen, *kernels)
         return y, logits
 
@@ -84,36 +84,39 @@ def _run(
     down: Kernel,
     *,
     activation: Activation,
+    experts: int,
     tpu: bool = False,
     first: jax.Array | int = 0,
-    cut: tuple[int | None, ...] = (None, None, None),
+    gathers: Sequence[Gathers] = ((), (), ()),
 ) -> jax.Array:
-    """What experts first, first + 1, ... (those of the kernels) add to each token, [rows, T, width].
+    """What the `experts` experts from `first` on, those of the kernels, add to each token, [rows, T, width].
 
-    x [rows, T, width]; weights and chosen [rows, T, k]; kernels [experts, in, out]; `cut`: see `grouped`. Each token is copied once for each
+    x [rows, T, width]; weights and chosen [rows, T, k]; kernels [experts, in, out]; `gathers`: see `grouped`. Each token is copied once for each
     expert it chose, the copies are sorted by expert, and each expert multiplies its own run of them.
     """
     tokens, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
-    experts, k = _count(gate), chosen.shape[1]
+    k = chosen.shape[1]
     local = chosen.reshape(-1) - first
     local = jnp.where((local >= 0) & (local < experts), local, experts)  # those of other shards come last
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
     copies = tokens[order // k]
-    h = ACTIVATIONS[activation](grouped(copies, gate, sizes, tpu, cut[0])) * grouped(copies, up, sizes, tpu, cut[1])
-    y = grouped(h, down, sizes, tpu, cut[2]) * weights.reshape(-1)[order][:, None]
+    h = ACTIVATIONS[activation](grouped(copies, gate, sizes, tpu, gathers[0])) * grouped(copies, up, sizes, tpu, gathers[1])
+    y = grouped(h, down, sizes, tpu, gathers[2]) * weights.reshape(-1)[order][:, None]
     y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
     return jnp.zeros_like(tokens).at[order // k].add(y).reshape(x.shape)
 
 
-def _divided(kernel: Kernel, axis: int, mesh: Mesh, over: str) -> int | None:
-    """`axis`, where this axis of a kernel [experts, in, out] is divided over that of the mesh (see mmjax.parallel.sharding), else None."""
-    return axis if isinstance(kernel, jax.Array) and kernel.shape[axis] % mesh.shape[over] == 0 else None
+def _spec(name: str, kernel: Kernel, mesh: Mesh) -> PartitionSpec:
+    """How a kernel [experts, in, out] comes: as mmjax.parallel.sharding divides it; of a quantised one the experts alone."""
+    axes = rule(f"llm/layers/mlp/{name}/kernel")[1]
+    shape = kernel.shape if isinstance(kernel, jax.Array) else (_count(kernel),)
+    return PartitionSpec(*(dividing(axis, size, mesh) for axis, size in zip(axes, shape)))
 
 
-def _spec(fsdp: int | None, tensor: int | None) -> PartitionSpec:
-    """Of a kernel whose experts are divided over `expert`, and these axes of it over `fsdp` and `tensor`."""
-    return PartitionSpec("expert", *({fsdp: "fsdp", tensor: "tensor"}.get(axis) for axis in (1, 2)))
+def _axes(spec: PartitionSpec) -> dict[str, int]:
+    """Axis of the mesh -> the dimension that it divides, from the innermost parts outwards."""
+    return {axis: at for at, axes in reversed([*enumerate(spec)]) for axis in reversed(names_of(axes))}
 
 
 def _count(kernels: Kernel) -> int:
@@ -121,17 +124,17 @@ def _count(kernels: Kernel) -> int:
 
 
 @partial(jax.checkpoint, static_argnums=(3, 4))
-def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, cut: int | None = None) -> jax.Array:
+def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, gathers: Gathers = ()) -> jax.Array:
     """x [n, in] times kernels [experts, in, out], expert after expert, each on its next `sizes[expert]` rows: [n, out], 0 behind them.
 
-    cut   the axis of the kernels of which each device of `fsdp` holds its own part
+    gathers   axes of the mesh along which each device holds its own part of a dimension of the kernels, and which dimension
 
     Checkpointed so that the kernels are cast to x's dtype, and gathered, again in the backward pass (see mmjax.models.kernels.matmul). On a TPU the
     kernels' gradient is a Pallas kernel's, where n is a multiple of 128: XLA would multiply all rows with each expert's mask.
     """
     dense = stored(kernels).astype(x.dtype)
-    if cut is not None:
-        dense = jax.lax.all_gather(dense, "fsdp", axis=cut, tiled=True)
+    for axis, at in gathers:
+        dense = jax.lax.all_gather(dense, axis, axis=at, tiled=True)
     return tiled(x, dense, sizes) if tpu and len(x) % LANES == 0 else jax.lax.ragged_dot(x, dense, sizes)
 
 

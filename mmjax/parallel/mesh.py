@@ -15,7 +15,7 @@ from mmjax import config
 from mmjax.errors import UserError
 from mmjax.parallel.presets import AXES
 
-DATA_AXES = ("data", "fsdp")  # what rows are divided over
+DATA_AXES = ("data", "fsdp", "expert")  # what rows are divided over
 
 
 def make_mesh(sizes: config.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:

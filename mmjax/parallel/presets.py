@@ -5,7 +5,7 @@ from __future__ import annotations
 from mmjax.config import Mesh
 from mmjax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+AXES = ("data", "fsdp", "expert", "tensor", "sequence")
 
 # Weights are divided over fsdp, which wants a row of the batch for each part; where a slice has more chips than a step has rows, `tensor`
 # takes the rest of them, along the fastest links.

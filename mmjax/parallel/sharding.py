@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, Callable
 
 import jax
@@ -16,33 +17,36 @@ from mmjax.models import quantised
 from mmjax.parallel.mesh import AXES, DATA_AXES, data_shards, own_shards
 from mmjax.tree import Params
 
+Axes = str | tuple[str, ...] | None  # of the mesh, for a dimension of a leaf
+FSDP = ("fsdp", "expert")  # what belongs to no expert is divided over the experts' axis as well: it has rows of its own
+
 # The first rule whose glob matches a leaf gives the axes of its last dimensions; those before them (the layer axis)
-# stay whole. Linears that widen are divided on their output, those that narrow back on their input, so that a block
+# stay whole. Several axes divide a dimension one after another, or as many of them as do. Linears that widen are divided on their output, those that narrow back on their input, so that a block
 # needs one reduction over `tensor` in attention and one in the MLP. Of a LoRA the rank is divided over what its kernel's side leaves.
-RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    ("**/embed/embedding", ("tensor", "fsdp")),
-    ("**/head/kernel", ("fsdp", "tensor")),
-    ("**/{query,key,value,gate,up}/kernel", ("fsdp", "tensor")),
+RULES: tuple[tuple[str, tuple[Axes, ...]], ...] = (
+    ("**/embed/embedding", ("tensor", FSDP)),
+    ("**/head/kernel", (FSDP, "tensor")),
+    ("**/{query,key,value,gate,up}/kernel", (FSDP, "tensor")),
     ("**/{query,key,value,gate,up}/bias", ("tensor",)),
-    ("**/{query,key,value,gate,up}/adapters/**/lora_a", ("fsdp", None)),
-    ("**/{query,key,value,gate,up}/adapters/**/lora_b", ("fsdp", "tensor")),
+    ("**/{query,key,value,gate,up}/adapters/**/lora_a", (FSDP, None)),
+    ("**/{query,key,value,gate,up}/adapters/**/lora_b", (FSDP, "tensor")),
     ("**/{query,key,value,gate,up}/adapters/**/{lora_magnitude,lora_bias,ia3,affine_bias,bias}", ("tensor",)),
-    ("**/{query,key,value,gate,up}/adapters/*/kernel", ("fsdp", "tensor")),
-    ("**/embed/adapters/*/embedding", ("tensor", "fsdp")),
-    ("**/embed/adapters/**/lora_a", ("tensor", "fsdp")),
-    ("**/embed/adapters/**/lora_b", (None, "fsdp")),
-    ("**/head/adapters/*/kernel", ("fsdp", "tensor")),
-    ("**/head/adapters/**/lora_a", ("fsdp", None)),
-    ("**/head/adapters/**/lora_b", ("fsdp", "tensor")),
-    ("**/{output,down}/kernel", ("tensor", "fsdp")),
-    ("**/{output,down}/adapters/**/lora_a", ("tensor", "fsdp")),
-    ("**/{output,down}/adapters/**/lora_b", (None, "fsdp")),
+    ("**/{query,key,value,gate,up}/adapters/*/kernel", (FSDP, "tensor")),
+    ("**/embed/adapters/*/embedding", ("tensor", FSDP)),
+    ("**/embed/adapters/**/lora_a", ("tensor", FSDP)),
+    ("**/embed/adapters/**/lora_b", (None, FSDP)),
+    ("**/head/adapters/*/kernel", (FSDP, "tensor")),
+    ("**/head/adapters/**/lora_a", (FSDP, None)),
+    ("**/head/adapters/**/lora_b", (FSDP, "tensor")),
+    ("**/{output,down}/kernel", ("tensor", FSDP)),
+    ("**/{output,down}/adapters/**/lora_a", ("tensor", FSDP)),
+    ("**/{output,down}/adapters/**/lora_b", (None, FSDP)),
     ("**/{output,down}/adapters/**/ia3_input", ("tensor",)),
-    ("**/{output,down}/adapters/*/kernel", ("tensor", "fsdp")),
+    ("**/{output,down}/adapters/*/kernel", ("tensor", FSDP)),
     ("**/layers/**/experts_{gate,up}/kernel", ("expert", "fsdp", "tensor")),
-    ("**/layers/**/experts_down/kernel", ("expert", "tensor", "fsdp")),
-    ("llm/**/{pooler,transform}/kernel", ("fsdp", "tensor")),
-    ("**/{kernel,positions}", ("fsdp", None)),
+    ("**/layers/**/experts_down/kernel", ("expert", ("tensor", "fsdp"), None)),
+    ("llm/**/{pooler,transform}/kernel", (FSDP, "tensor")),
+    ("**/{kernel,positions}", (FSDP, None)),
     ("**", ()),
 )
 
@@ -67,21 +71,39 @@ def table(params: Params, mesh: Mesh) -> list[Row]:
     rows = []
     flat = tree.flatten(params)
     shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
-    for path, leaf in flat.items():
-        glob, axes = next((glob, axes) for glob, axes in RULES if tree.matches(quantised.kernel_of(path), glob))
-        axes = (None,) * max(8, len(leaf.shape)) + axes
-        along = [(i - len(leaf.shape), size) for i, size in enumerate(leaf.shape)]
+    for path, shape in shapes.items():
+        glob, axes = rule(quantised.kernel_of(path))
+        axes = (None,) * max(8, len(shape)) + axes
+        along = [(i - len(shape), size) for i, size in enumerate(shape)]
         if quantised.is_part(path):
             along = [found or (0, 1) for found in quantised.axes_of(path, shapes)]
         fitting, notes = [], []
         for end, size in along:
-            axis = axes[end] if end else None
-            divides = axis is not None and size % mesh.shape[axis] == 0
-            if axis is not None and not divides:
-                notes.append(f"{size} is not divisible by {axis}={mesh.shape[axis]}: whole there")
-            fitting.append(axis if divides else None)
-        rows.append(Row(path, tuple(leaf.shape), PartitionSpec(*fitting), glob, "; ".join(notes)))
+            wanted = axes[end] if end else None
+            fitting.append(dividing(wanted, size, mesh))
+            if wanted is not None and fitting[-1] is None:
+                parts = "=".join(map(str, (wanted, mesh.shape[wanted]))) if isinstance(wanted, str) else " or ".join(wanted)
+                notes.append(f"{size} is not divisible by {parts}: whole there")
+        rows.append(Row(path, shape, PartitionSpec(*fitting), glob, "; ".join(notes)))
     return rows
+
+
+def rule(path: str) -> tuple[str, tuple[Axes, ...]]:
+    """The glob and the axes of RULES for a leaf."""
+    return next((glob, axes) for glob, axes in RULES if tree.matches(path, glob))
+
+
+def names_of(axes: Axes) -> tuple[str, ...]:
+    """The axes that divide one dimension."""
+    return (axes,) if isinstance(axes, str) else axes or ()
+
+
+def dividing(axes: Axes, size: int, mesh: Mesh) -> Axes:
+    """Of these axes as many, from the first, as together divide a dimension of this size; None if not even the first does."""
+    names = tuple(name for name in names_of(axes) if mesh.shape[name] > 1) or names_of(axes)[:1]
+    while names and size % math.prod(mesh.shape[name] for name in names):
+        names = names[:-1]
+    return names if len(names) > 1 else names[0] if names else None
 
 
 def format_table(rows: list[Row]) -> str:
@@ -189,4 +211,4 @@ def mesh_of(params: Params) -> Mesh | None:
 
 
 def _axes(spec: PartitionSpec) -> str:
-    return "(" + ", ".join(str(axis) if axis else "-" for axis in spec) + ")"
+    return "(" + ", ".join("*".join(names_of(axes)) or "-" for axes in spec) + ")"

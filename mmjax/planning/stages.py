@@ -17,6 +17,7 @@ from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.parallel.mesh import DATA_AXES, axis_sizes, data_shards, make_mesh
 from mmjax.parallel.presets import AXES
+from mmjax.parallel.sharding import Axes, names_of
 from mmjax.planning.chips import Target
 from mmjax.planning.compiled import Arguments, Compiled, compile_step, prepare
 from mmjax.planning.estimate import Estimate, estimate
@@ -158,13 +159,18 @@ def _most(prepared: Arguments, mesh: Mesh) -> float:
     return max(sizes)
 
 
+def _gathered(axes: Axes, mesh: Mesh) -> int:
+    """Of how many parts a dimension is put together where it is used."""
+    return math.prod(mesh.shape[axis] for axis in names_of(axes) if axis in DATA_AXES)
+
+
 def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
     """Shapes that a step must have on a device, however large, without axes of size 1."""
     known: dict[tuple[int, ...], str] = {}
     for path, leaf in (tree.flatten(prepared.frozen) | tree.flatten(prepared.state.trainable)).items():
         local = leaf.sharding.shard_shape(leaf.shape)
         # what the data axes divide is gathered where it is used, a layer at a time
-        gathered = [whole if spec in DATA_AXES else own for whole, own, spec in zip(leaf.shape, local, leaf.sharding.spec)]
+        gathered = [own * _gathered(axes, mesh) for own, axes in zip(local, leaf.sharding.spec)]
         one = gathered[1:] if tree.is_stacked(path) else gathered
         known[_bare(one)] = f"of {path}: gathered where it is used" + (", one layer" if tree.is_stacked(path) else "")
     config, stage = prepared.config, prepared.stage

@@ -182,7 +182,7 @@ def test_a_sharded_model_is_read_and_written_like_a_plain_one(pair, tmp_path):
 
     _, directory, ours = pair
     mesh = jax.make_mesh(
-        (1, 4, 2, 1, 1), ("data", "fsdp", "tensor", "sequence", "expert"), axis_types=(AxisType.Auto,) * 5
+        (1, 4, 1, 2, 1), ("data", "fsdp", "expert", "tensor", "sequence"), axis_types=(AxisType.Auto,) * 5
     )
     places = param_shardings(multimodal.shapes(ours.config), mesh)
     model = load(directory, shardings=places)

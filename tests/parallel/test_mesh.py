@@ -101,6 +101,6 @@ def test_a_process_brings_the_rows_of_its_devices_shards(monkeypatch, sizes, pro
 
 def test_shards_may_lie_apart(monkeypatch):
     devices = [types.SimpleNamespace(process_index=process) for process in (0, 1, 0, 1)]
-    mesh = types.SimpleNamespace(shape=dict(data=4, fsdp=1), devices=np.array(devices, object).reshape(4, 1, 1, 1, 1))
+    mesh = types.SimpleNamespace(shape=dict(data=4, fsdp=1, expert=1), devices=np.array(devices, object).reshape(4, 1, 1, 1, 1))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     assert own_shards(mesh) == (1, 3)
