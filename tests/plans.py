@@ -6,7 +6,7 @@
 
 The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, and some for slices that suit
 their batches; nothing is run. The mesh is `fsdp` over all chips (half of them, and `data`, on v5p:4x4x8), and as much `tensor` (at most 8) as
-it takes for the step's rows to be not much more than the recipe's. Some recipes are also planned without Pallas attention, and with texts of
+it takes for the step's rows to be not much more than the recipe's; a mixture's experts take their part of `fsdp`. Some recipes are also planned without Pallas attention, and with texts of
 16,384 tokens.
 """
 
@@ -27,6 +27,7 @@ from mmjax import config as recipes
 from mmjax.assembly import model_config
 from mmjax.config import Recipe, from_config_dict
 from mmjax.jobs.plan import stage_figures_of
+from mmjax.models.config import ModelConfig
 from mmjax.planning import chips, report
 from mmjax.planning.stages import StagePlan, plan_stage
 from tests.configs import expand
@@ -80,7 +81,7 @@ def plan(case: Case) -> dict[str, Any]:
     name, config = recipe.run[-1], model_config(recipe)
     known = stage_figures_of(recipe, config, name)
     per_row = known["flops_per_step"] / recipe.stages[name].rows
-    mesh = mesh_of(recipe, name, case.topology, target.count)
+    mesh = mesh_of(recipe, config, name, case.topology, target.count)
     found: StagePlan = plan_stage(recipe, name, config, target, mesh, per_row, compare=case.name in COMPARED)
     samples = known["flops_per_step"] / known["flops_per_sample"] / recipe.stages[name].rows
     print(report.text(found, samples), flush=True)
@@ -96,7 +97,7 @@ def plan(case: Case) -> dict[str, Any]:
     }
 
 
-def mesh_of(recipe: Recipe, name: str, topology: str, devices: int) -> recipes.Mesh:
+def mesh_of(recipe: Recipe, config: ModelConfig, name: str, topology: str, devices: int) -> recipes.Mesh:
     """See the module's docstring. On v5p:4x4x8 weights are divided over half of the chips: what all 128 together gather, in three dimensions,
     the compiler makes a sum over zeros."""
     rows, most = recipe.stages[name].rows, 64 if topology == "v5p:4x4x8" else devices
@@ -105,7 +106,8 @@ def mesh_of(recipe: Recipe, name: str, topology: str, devices: int) -> recipes.M
         if -(-rows // shards) * shards <= ROWS * rows:
             break
     fsdp = min(most, shards)
-    return recipes.Mesh(data=shards // fsdp, fsdp=fsdp, tensor=tensor)
+    experts = config.llm.block.experts.count if config.llm and config.llm.block.experts else 1
+    return recipes.Mesh(data=shards // fsdp, fsdp=fsdp // experts, expert=experts, tensor=tensor)
 
 
 def main(arguments: list[str]) -> int:

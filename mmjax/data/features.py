@@ -39,7 +39,8 @@ from mmjax.models import connectors, multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.parallel import cluster
 from mmjax.parallel.mesh import data_shards, own_shards
-from mmjax.parallel.sharding import from_own_rows, on_host
+from mmjax.parallel.placement import on_host
+from mmjax.parallel.sharding import from_own_rows
 from mmjax.tree import Params
 
 log = logging.getLogger(__name__)

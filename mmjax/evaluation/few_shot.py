@@ -38,7 +38,7 @@ from mmjax.model import Model
 from mmjax.models import multimodal
 from mmjax.models.config import Execution, ModelConfig
 from mmjax.parallel import cluster
-from mmjax.parallel.sharding import on_host
+from mmjax.parallel.placement import on_host
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,8 @@ from mmjax.inference.rows import Rows
 from mmjax.inference.sampling import Sampling
 from mmjax.models import decoder, multimodal, prefix
 from mmjax.models.config import DecoderConfig, Execution, ModelConfig
-from mmjax.parallel.sharding import batch_shardings, on_host, placed, shards_of
+from mmjax.parallel.placement import on_host
+from mmjax.parallel.sharding import batch_shardings, placed, shards_of
 
 Params = dict[str, Any]
 Ended = Callable[[np.ndarray], int | None]

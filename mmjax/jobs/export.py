@@ -23,7 +23,8 @@ from mmjax.models.adapters import leaves_of
 from mmjax.models.config import ModelConfig
 from mmjax.models.tuning_config import NoisePromptConfig
 from mmjax.parallel import cluster
-from mmjax.parallel.sharding import mesh_of, on_host, param_shardings
+from mmjax.parallel.placement import on_host
+from mmjax.parallel.sharding import mesh_of, param_shardings
 from mmjax.results import record
 from mmjax.training.trainable import select
 

@@ -6,14 +6,14 @@ A process can touch only what its own devices hold. A row of which it lacks some
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
 
 import jax
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from mmjax import tree
 
@@ -93,8 +93,22 @@ def row(leaf: Any, *at: int | None) -> np.ndarray:
         if leaf.dtype == ml_dtypes.bfloat16 and _on_processor(leaf):
             leaf = viewed(leaf, np.uint16)  # XLA:CPU would widen a whole stack to take a row of it
         taken = _taken(leaf, tuple(np.int32(i) for i in chosen)) if chosen else leaf
-        array = multihost_utils.process_allgather(taken, tiled=True) if crosses(taken) else np.asarray(taken)
+        array = on_host(taken)
     return array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array
+
+
+def on_host(array: Any) -> np.ndarray:
+    """The whole of an array. Where other processes hold some of it, all of them must call."""
+    if not crosses(array):
+        return np.asarray(array)
+    if not array.is_fully_replicated:
+        array = _everywhere(array.sharding.mesh)(array)
+    return np.asarray(array.addressable_data(0))
+
+
+@functools.lru_cache(maxsize=8)
+def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 @jax.jit

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -178,20 +177,6 @@ def placed(leaf: Any, sharding: Sharding) -> jax.Array:
         return jax.device_put(leaf, sharding)
     whole = np.asarray(leaf)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
-
-
-def on_host(array: Any) -> np.ndarray:
-    """The whole of an array. Where other processes hold some of it, all of them must call."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable:
-        return np.asarray(array)
-    if not array.is_fully_replicated:
-        array = _everywhere(array.sharding.mesh)(array)  # type: ignore[attr-defined]
-    return np.asarray(array.addressable_data(0))
-
-
-@functools.lru_cache(maxsize=8)
-def _everywhere(mesh: Mesh) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def shards_of(params: Params, rows: int) -> tuple[Mesh | None, int]:

@@ -12,6 +12,7 @@ import mmjax
 from mmjax import config, tree
 from mmjax.errors import UserError
 from mmjax.jobs import train
+from tests import small_workdir
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -42,17 +43,7 @@ def recipe(tmp_path_factory) -> config.Recipe:
     return config.Recipe(
         name="colours",
         model=config.Model(
-            llm=config.Part(
-                config=dict(
-                    model_type="llama",
-                    hidden_size=32,
-                    num_hidden_layers=1,
-                    num_attention_heads=2,
-                    num_key_value_heads=2,
-                    intermediate_size=64,
-                    max_position_embeddings=64,
-                )
-            ),
+            llm=small_workdir.MODEL.llm,
             vision=config.Part(
                 config=dict(
                     model_type="siglip_vision_model",

@@ -1,36 +1,16 @@
 """As little as one recipe can be that reads pictures, drops out, validates, evaluates and exports: for runs of several processes."""
 
+import dataclasses
+
 from mmjax import config
+from tests import small_workdir
 
 
 def get_config(argument: str = ""):
     recipe = config.Recipe(
         name="small",
-        model=config.Model(
-            llm=config.Part(
-                config=dict(
-                    model_type="llama",
-                    hidden_size=32,
-                    num_hidden_layers=1,
-                    num_attention_heads=2,
-                    num_key_value_heads=2,
-                    intermediate_size=64,
-                    max_position_embeddings=128,
-                )
-            ),
-            vision=config.Part(
-                config=dict(
-                    model_type="siglip_vision_model",
-                    hidden_size=16,
-                    num_hidden_layers=1,
-                    num_attention_heads=2,
-                    intermediate_size=32,
-                    image_size=32,
-                    patch_size=16,
-                )
-            ),
-            feature_layers=(-1,),
-            image=config.Image(aspect="squash"),
+        model=dataclasses.replace(
+            small_workdir.MODEL,
             tokenizer=config.Tokenizer(kind="word"),
             adapters={"see": config.Adapter(rank=4, dropout=0.1)},
         ),
