@@ -26,9 +26,9 @@ import jax
 from mmjax import config as recipes
 from mmjax.assembly import model_config
 from mmjax.config import Recipe, from_config_dict
-from mmjax.jobs.plan import stage_figures_of
 from mmjax.models.config import ModelConfig
 from mmjax.planning import chips, report
+from mmjax.planning.figures import stage_figures
 from mmjax.planning.stages import StagePlan, plan_stage
 from tests.configs import expand
 
@@ -79,7 +79,7 @@ def plan(case: Case) -> dict[str, Any]:
     """The figures of a case's last stage."""
     recipe, target = recipe_of(case.name), chips.target(case.topology)
     name, config = recipe.run[-1], model_config(recipe)
-    known = stage_figures_of(recipe, config, name)
+    known = stage_figures(recipe, config, name)
     per_row = known["flops_per_step"] / recipe.stages[name].rows
     mesh = mesh_of(recipe, config, name, case.topology, target.count)
     found: StagePlan = plan_stage(recipe, name, config, target, mesh, per_row, compare=case.name in COMPARED)
