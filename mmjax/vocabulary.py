@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Iterable, Sequence
 
 from mmjax.parallel import cluster
+from mmjax.preprocessing import has_tokenizer, read_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -100,3 +101,9 @@ def with_tokens(
     grown.add_tokens([AddedToken(token, normalized=False, special=False) for token in lacked])
     after = grown.get_vocab()
     return grown, [after[token] for token in lacked], had
+
+
+def trained(workdir: Path) -> int | None:
+    """Tokens of the tokenizer that a run trained for itself, if it did."""
+    directory = workdir / "tokenizer"
+    return len(read_tokenizer(directory)) if has_tokenizer(directory) else None

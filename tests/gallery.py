@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import tree
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.config import Evaluation, Mesh, Optimizer, Part, Recipe, Source, Stage, from_config_dict
 from mmjax.config_parsing import to_dict
 from mmjax.data import templates

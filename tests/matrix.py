@@ -24,7 +24,7 @@ from PIL import Image as Picture
 from tqdm import tqdm
 
 import mmjax
-from mmjax import assembly, export, vocabulary
+from mmjax import architecture, assembly, export, vocabulary
 from mmjax.batch import Batch
 from mmjax.config import Connector, CrossAttention, Image, Model, Part, Recipe, Tokenizer
 from mmjax.data.collation import collate
@@ -147,7 +147,7 @@ def recipe(combination: Combination, tokenizer: Path) -> Recipe:
 
 def check_shapes(combination: Combination, tokenizer: Path) -> None:
     """By shapes alone: the parameters, and that the connector's tokens are what the port reads."""
-    config = assembly.model_config(recipe(combination, tokenizer), 64)
+    config = architecture.model_config(recipe(combination, tokenizer), 64)
     params = multimodal.shapes(config)
     assert config.vision is not None and config.connector is not None
     side = config.vision.image_size

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 
 from mmjax import config as recipes
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.config import Recipe, from_config_dict
 from mmjax.models.config import ModelConfig
 from mmjax.planning import chips, report

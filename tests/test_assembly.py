@@ -13,8 +13,9 @@ from PIL import Image
 
 import mmjax
 from mmjax import assembly, tree
-from mmjax.assembly import assemble, model_config
-from mmjax.config import Adapter, Connector, Model, Part, Recipe, Source, Stage, Tokenizer, write_recipe
+from mmjax.architecture import model_config
+from mmjax.assembly import assemble
+from mmjax.config import Adapter, Connector, Model, Part, Recipe, Source, Stage, Tokenizer, from_config_dict, write_recipe
 from mmjax.config import Image as RecipeImage
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
@@ -271,7 +272,7 @@ def test_llava_lora_directories(exported, tmp_path):
 def test_shapes_need_no_weights():
     from configs import llava15
 
-    whole = model_config(assembly.recipes.from_config_dict(llava15.get_config()))
+    whole = model_config(from_config_dict(llava15.get_config()))
     assert whole.connector == ConnectorConfig("mlp", in_width=1024, out_width=4096, positions=576)
     assert whole.llm.layers == 32 and whole.vision.layers == 24
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from configs import ways_of_tuning
 from configs.ways_of_tuning import WAYS
 from mmjax import tree
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.config import Recipe
 from mmjax.drawing import BLUE, INK, PALE, RULE
 from mmjax.jobs import train

@@ -9,7 +9,7 @@ from typing import Any, Sequence
 
 from mmjax import config as recipes
 from mmjax import flops, tree
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.config import Recipe
 from mmjax.errors import UserError
 from mmjax.models import multimodal, quantised

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import mmjax
-from mmjax.assembly import model_config, trained_vocabulary
+from mmjax import vocabulary
+from mmjax.architecture import model_config
 from mmjax.config import Recipe
 from mmjax.model import Model
 from mmjax.models import multimodal
@@ -21,5 +22,5 @@ def trained(recipe: Recipe, workdir: Path) -> Model:
         return mmjax.load(workdir)
     divide_processor(recipe.mesh)
     mesh = make_mesh(recipe.mesh)
-    shapes = multimodal.shapes(model_config(recipe, trained_vocabulary(workdir)))
+    shapes = multimodal.shapes(model_config(recipe, vocabulary.trained(workdir)))
     return mmjax.load(workdir, shardings=param_shardings(shapes, mesh))

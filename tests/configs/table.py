@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.config import Recipe, from_config_dict
 from mmjax.errors import UserError
 from mmjax.models import multimodal, plugged

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from mmjax import tree
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.config import from_config_dict
 from mmjax.families import parts, vila
 from mmjax.models import multimodal

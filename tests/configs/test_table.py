@@ -3,7 +3,7 @@
 import math
 
 from mmjax import config
-from mmjax.assembly import model_config
+from mmjax.architecture import model_config
 from mmjax.parallel import sharding
 from mmjax.parallel.mesh import make_mesh
 from tests.configs import expand, table

@@ -12,7 +12,8 @@ import pytest
 
 import mmjax
 from mmjax import tree
-from mmjax.assembly import assemble, model_config
+from mmjax.architecture import model_config
+from mmjax.assembly import assemble
 from mmjax.config import Image, Part
 from mmjax.errors import UserError
 from mmjax.families import find
