@@ -15,7 +15,18 @@ import mmjax
 from mmjax import assembly, tree
 from mmjax.architecture import model_config
 from mmjax.assembly import assemble
-from mmjax.config import Adapter, Connector, Model, Part, Recipe, Source, Stage, Tokenizer, from_config_dict, write_recipe
+from mmjax.config import (
+    Adapter,
+    Connector,
+    Model,
+    Part,
+    Recipe,
+    Source,
+    Stage,
+    Tokenizer,
+    from_config_dict,
+    write_recipe,
+)
 from mmjax.config import Image as RecipeImage
 from mmjax.data.messages import Sample, validated
 from mmjax.errors import UserError
