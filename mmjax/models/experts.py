@@ -49,15 +49,15 @@ class MixtureOfExperts(nn.Module):
         mesh, rows = self.mesh, dividing(DATA_AXES, x.shape[0], self.mesh)
         specs = tuple(_spec(f"experts_{name}", kernel, mesh) for name, kernel in zip(shapes, kernels))
         gathered = {"fsdp"} | {"expert"} & set(names_of(rows))  # where each device of `expert` has tokens of its own
-        summed = ("expert", "tensor") if "tensor" in _axes(specs[0]) else ("expert",)
+        summed = tuple(axis for axis in ("expert", "tensor") if axis in _axes(specs[0]) and axis not in gathered)
 
         def own(x: jax.Array, weights: jax.Array, chosen: jax.Array, *parts: Kernel) -> jax.Array:
             # Gathered by hand, so that their gradients are scattered again: of kernels that come in whole, those would be whole, too.
             gathers = tuple(tuple((axis, at) for axis, at in _axes(spec).items() if axis in gathered) for spec in specs)
-            here = count if "expert" in gathered else _count(parts[0])
+            here = _count(parts[0]) if "expert" in summed else count
             first = jax.lax.axis_index("expert") * here if here < count else 0
             y = run(x, weights, chosen, *parts, experts=here, first=first, gathers=gathers)
-            return jax.lax.psum(y, tuple(axis for axis in summed if axis not in gathered))
+            return jax.lax.psum(y, summed)
 
         tokens = PartitionSpec(rows, dividing("sequence", x.shape[1], mesh))
         y = jax.shard_map(own, mesh=mesh, in_specs=(tokens,) * 3 + specs, out_specs=tokens, check_vma=False)(x, weights, chosen, *kernels)
