@@ -130,7 +130,8 @@ def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, 
     gathers   axes of the mesh along which each device holds its own part of a dimension of the kernels, and which dimension
 
     Checkpointed so that the kernels are cast to x's dtype, and gathered, again in the backward pass (see mmjax.models.kernels.matmul). On a TPU the
-    kernels' gradient is a Pallas kernel's, where n is a multiple of 128: XLA would multiply all rows with each expert's mask.
+    gradients are Pallas kernels', where n is a multiple of 128: XLA would multiply all rows with each expert's mask for that of the kernels,
+    and turn the kernels round in memory for that of x.
     """
     dense = stored(kernels).astype(x.dtype)
     for axis, at in gathers:
@@ -149,12 +150,13 @@ def _tiled_forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array, interpret
 
 
 def _tiled_backward(interpret: bool, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import tgmm  # takes a while to import
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm  # takes a while to import
 
     x, kernels, sizes = kept
-    rows = next(rows for rows in (512, 256, LANES) if len(x) % rows == 0)
-    of_kernels = tgmm(x.swapaxes(0, 1), gradient, sizes, kernels.dtype, (rows, 512, 512), interpret=interpret)
-    return jax.lax.ragged_dot(gradient, kernels.swapaxes(1, 2), sizes), of_kernels, None
+    tiles = (next(rows for rows in (512, 256, LANES) if len(x) % rows == 0), 512, 512)
+    of_kernels = tgmm(x.swapaxes(0, 1), gradient, sizes, kernels.dtype, tiles, interpret=interpret)
+    of_x = gmm(gradient, kernels, sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)
+    return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], of_x, 0), of_kernels, None  # behind the last expert's rows stands anything
 
 
 tiled.defvjp(_tiled_forward, _tiled_backward)

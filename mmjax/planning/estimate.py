@@ -80,6 +80,8 @@ def flops_of(kernel: Kernel) -> float:
         return 0.0
     if kernel.name.startswith("%ragged-dot"):  # [n, in] times [experts, in, out], each row with one expert's
         return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * kernel.count
+    if kernel.name.startswith("%gmm"):  # [n, in] times [experts, out, in]
+        return 2.0 * math.prod(shapes[0]) * shapes[1][1] * kernel.count
     if kernel.name.startswith("%tgmm"):  # [n, in] and [n, out]: the gradient of experts [in, out]
         return 2.0 * math.prod(shapes[0]) * shapes[1][-1] * kernel.count
     raise ValueError(f"the Pallas kernel {kernel.name} is not known to mmjax.planning.estimate.flops_of: say there what it computes")
