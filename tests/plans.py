@@ -203,7 +203,7 @@ def _mixtral() -> Recipe:
         tiles=0,
         router_loss=0.02,
         dtype="bfloat16",
-        remat="none",  # experts' products are Pallas kernels, which no weaker rematerialisation keeps
+        remat="dots",
     )
     model = recipes.Model(llm=recipes.Part(config=fields), dtype="bfloat16", connector=recipes.Connector())
     return Recipe(name="mixtral_8x7b", model=model, stages={"train": stage}, run=("train",))

@@ -8,12 +8,14 @@ from typing import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from mmjax.models.attention import on_tpu
 from mmjax.models.block_config import Activation, Experts
 from mmjax.models.kernels import Kernel, matmul, stored
 from mmjax.models.layers import ACTIVATIONS, held_kernel
+from mmjax.models.stack import KEPT
 from mmjax.parallel.mesh import DATA_AXES
 from mmjax.parallel.sharding import dividing, names_of, rule
 
@@ -55,7 +57,7 @@ class MixtureOfExperts(nn.Module):
             # Gathered by hand, so that their gradients are scattered again: of kernels that come in whole, those would be whole, too.
             gathers = tuple(tuple((axis, at) for axis, at in _axes(spec).items() if axis in gathered) for spec in specs)
             here = _count(parts[0]) if "expert" in summed else count
-            first = jax.lax.axis_index("expert") * here if here < count else 0
+            first = jax.lax.axis_index("expert") * here if here < count else None
             y = run(x, weights, chosen, *parts, experts=here, first=first, gathers=gathers)
             return jax.lax.psum(y, summed)
 
@@ -86,24 +88,26 @@ def _run(
     activation: Activation,
     experts: int,
     tpu: bool = False,
-    first: jax.Array | int = 0,
+    first: jax.Array | None = None,
     gathers: Sequence[Gathers] = ((), (), ()),
 ) -> jax.Array:
-    """What the `experts` experts from `first` on, those of the kernels, add to each token, [rows, T, width].
+    """What `experts` experts, those of the kernels, add to each token, [rows, T, width]: all that there are, or those from `first` on.
 
     x [rows, T, width]; weights and chosen [rows, T, k]; kernels [experts, in, out]; `gathers`: see `grouped`. Each token is copied once for each
     expert it chose, the copies are sorted by expert, and each expert multiplies its own run of them.
     """
     tokens, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in (x, weights, chosen))
     k = chosen.shape[1]
-    local = chosen.reshape(-1) - first
-    local = jnp.where((local >= 0) & (local < experts), local, experts)  # those of other shards come last
+    local = chosen.reshape(-1)
+    if first is not None:
+        local = jnp.where((local >= first) & (local < first + experts), local - first, experts)  # those of other shards come last
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
     copies = tokens[order // k]
     h = ACTIVATIONS[activation](grouped(copies, gate, sizes, tpu, gathers[0])) * grouped(copies, up, sizes, tpu, gathers[1])
     y = grouped(h, down, sizes, tpu, gathers[2]) * weights.reshape(-1)[order][:, None]
-    y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
+    if first is not None:
+        y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
     return jnp.zeros_like(tokens).at[order // k].add(y).reshape(x.shape)
 
 
@@ -136,7 +140,8 @@ def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, 
     dense = stored(kernels).astype(x.dtype)
     for axis, at in gathers:
         dense = jax.lax.all_gather(dense, axis, axis=at, tiled=True)
-    return tiled(x, dense, sizes) if tpu and len(x) % LANES == 0 else jax.lax.ragged_dot(x, dense, sizes)
+    product = tiled(x, dense, sizes) if tpu and len(x) % LANES == 0 else jax.lax.ragged_dot(x, dense, sizes)
+    return checkpoint_name(product, KEPT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mmjax.models.stack import KEPT
 from mmjax.parallel.mesh import DATA_AXES, data_shards
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def attention(
         head_shards=1,
         q_seq_shards=parts,
         attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=KEPT,
         interpret=interpret,
     )
     segments = None

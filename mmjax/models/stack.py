@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from mmjax.models.config import Execution
 
+KEPT = "dear to make again"  # what jax.checkpoint_name calls so is kept by "dots": products of experts, what attention's kernel gives
 Params = Mapping[str, Any]
 # body(carry, layer parameters, index in the period (static), layer index (traced), extra inputs of this layer) -> carry, output
 Body = Callable[[Any, Params, int, jax.Array, Any], tuple[Any, Any]]
@@ -65,12 +66,13 @@ def run_stack(
 
 def _rematerialised(body: Body, remat: str) -> Body:
     """The body under a rematerialisation policy: "none" keeps what the backward pass needs, "dots" keeps the products of
-    activations with weights, "full" keeps the layer's input alone."""
+    activations with weights and what is named KEPT, "full" keeps the layer's input alone."""
     if remat == "none":
         return body
+    policies = jax.checkpoint_policies
     policy = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
+        "dots": policies.save_from_both_policies(policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)),
+        "full": policies.nothing_saveable,
     }
     if remat not in policy:
         raise ValueError(f"unknown rematerialisation {remat!r}; known: none, dots, full")
