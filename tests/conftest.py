@@ -49,3 +49,10 @@ def goldens() -> Path:
 def data_kit() -> Path:
     """The folder of real data."""
     return _shared("data")
+
+
+@pytest.fixture
+def one_device(monkeypatch):
+    """The first of the eight devices alone: a program for all of them takes longer to compile and to run, and not every run is about them."""
+    first = jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda: first)

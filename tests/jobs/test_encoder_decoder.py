@@ -60,7 +60,7 @@ RECIPE = config.Recipe(
 )
 
 
-def test_it_learns_and_answers(tmp_path):
+def test_it_learns_and_answers(one_device, tmp_path):
     train.run(RECIPE, tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["accuracy"] >= 0.9  # the question is the same everywhere: only the picture tells the scenes apart

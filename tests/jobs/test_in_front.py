@@ -28,7 +28,7 @@ def prompted(recipe: config.Recipe) -> config.Recipe:  # noqa: F811
     )
 
 
-def test_trained_and_written(recipe, tmp_path):  # noqa: F811
+def test_trained_and_written(one_device, recipe, tmp_path):  # noqa: F811
     whole = prompted(recipe)
     train.run(whole, tmp_path)
     model = mmjax.load(tmp_path)

@@ -56,7 +56,7 @@ def recipe(kind: str):
     return dataclasses.replace(small, stages=stages)
 
 
-def test_it_trains_is_saved_and_read_back(module, tmp_path):
+def test_it_trains_is_saved_and_read_back(module, one_device, tmp_path):
     chosen = recipe(module)
     train.run(chosen, tmp_path / "work")
     assert "connector/rows/kernel" in (tmp_path / "work" / "sharding.txt").read_text()
