@@ -81,8 +81,8 @@ def table(params: Params, mesh: Mesh) -> list[Row]:
             wanted = axes[end] if end else None
             fitting.append(dividing(wanted, size, mesh))
             if wanted is not None and fitting[-1] is None:
-                parts = "=".join(map(str, (wanted, mesh.shape[wanted]))) if isinstance(wanted, str) else " or ".join(wanted)
-                notes.append(f"{size} is not divisible by {parts}: whole there")
+                first = _present(wanted, mesh)[0]
+                notes.append(f"{size} is not divisible by {first}={mesh.shape[first]}: whole there")
         rows.append(Row(path, shape, PartitionSpec(*fitting), glob, "; ".join(notes)))
     return rows
 
@@ -97,9 +97,14 @@ def names_of(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else axes or ()
 
 
+def _present(axes: Axes, mesh: Mesh) -> tuple[str, ...]:
+    """Of these axes those of several devices, or else the first."""
+    return tuple(name for name in names_of(axes) if mesh.shape[name] > 1) or names_of(axes)[:1]
+
+
 def dividing(axes: Axes, size: int, mesh: Mesh) -> Axes:
     """Of these axes as many, from the first, as together divide a dimension of this size; None if not even the first does."""
-    names = tuple(name for name in names_of(axes) if mesh.shape[name] > 1) or names_of(axes)[:1]
+    names = _present(axes, mesh)
     while names and size % math.prod(mesh.shape[name] for name in names):
         names = names[:-1]
     return names if len(names) > 1 else names[0] if names else None

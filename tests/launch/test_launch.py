@@ -122,7 +122,7 @@ trap 'echo saved; exit 143' TERM
 i=${*: -1}; i=${i#--process=}
 echo "process $i: $*"
 [[ $MODE != dies || $i != 1 ]] || { echo "out of memory"; exit 7; }
-[[ $MODE == ends ]] || for k in {1..300}; do sleep 0.05; done
+[[ $MODE == ends ]] || for k in {1..3000}; do sleep 0.05; done
 """
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmjax import tree
+from mmjax.config import Mesh
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Example
 from mmjax.flops import training_flops
@@ -20,7 +21,7 @@ from mmjax.models import adapters, mine, multimodal
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig, FeatureSpec
 from mmjax.models.tuning_config import AdaptionPromptConfig, AffineConfig, LoraConfig, NoisePromptConfig
-from mmjax.parallel.mesh import AXES
+from mmjax.parallel.mesh import make_mesh
 from mmjax.parallel.sharding import batch_shardings, param_shardings
 from mmjax.training.trainable import select
 from tests.models import tiny
@@ -133,7 +134,7 @@ def test_cached_generation_equals_the_whole_text_anew(name):
 def test_one_device_equals_eight():
     rows = [[sample("a", 7, True)], [sample("b", 4, False)], [sample("c", 3, True)], [sample("d", 3, True), sample("e", 3, True)]]
     made = batch(*rows, groups=4, tiles=2)
-    mesh = jax.make_mesh((2, 2, 2, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     divided = jax.device_put(params(ADDED), param_shardings(multimodal.shapes(ADDED), mesh))
     found = states(divided, jax.device_put(made, batch_shardings(made, mesh)))
     real = made.segments > 0

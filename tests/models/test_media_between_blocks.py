@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mmjax import tree
+from mmjax.config import Mesh
 from mmjax.data.collation import collate
 from mmjax.data.encoding import Example
 from mmjax.flops import training_flops
@@ -21,7 +22,7 @@ from mmjax.models.block_config import BlockConfig
 from mmjax.models.config import Execution
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
 from mmjax.models.tuning_config import LoraConfig
-from mmjax.parallel.mesh import AXES
+from mmjax.parallel.mesh import make_mesh
 from mmjax.parallel.sharding import batch_shardings, param_shardings
 from mmjax.training.trainable import select
 from tests.models import tiny
@@ -147,7 +148,7 @@ def test_one_device_equals_eight():
     rows = [[sample("a", "xIxxIxx")], [sample("b", "xxxx")], [sample("c", "xIx")], [sample("d", "Ixxx"), sample("e", "xxI")]]
     made = batch(*rows, groups=4, tiles=8)
     wanted = states(PARAMS, made)
-    mesh = jax.make_mesh((2, 2, 2, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    mesh = make_mesh(Mesh(data=2, fsdp=2, tensor=2))
     places = param_shardings(multimodal.shapes(CONFIG), mesh)
     plugs = tree.flatten(places)["llm/plugs/cross_attention/cross_attention/query/kernel"]
     assert tuple(plugs.spec) == (None, "fsdp", "tensor")
