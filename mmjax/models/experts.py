@@ -27,9 +27,9 @@ class MixtureOfExperts(nn.Module):
     """x [rows, T, width] -> (y [rows, T, width], the router's logits, float32 [rows, T, experts]); arXiv 2401.04088.
 
     On a mesh tokens stay where they are, and each shard of the `expert` axis holds its own experts. Where rows are divided over that axis as
-    well (as many as in training), their kernels come to the tokens, a layer at a time, as all weights do over `fsdp`: that is less to move
-    than it seems, and no token is dropped or waited for. Where they are not (few rows, in generation), each shard runs its own experts
-    on the tokens that chose them, and the outputs of the shards are added.
+    well (in training, where there are enough), their kernels come to the tokens, a layer at a time, as all weights do over `fsdp`, and no
+    token is dropped or waited for. Where they are not (few rows, in generation), each shard runs its own experts on the tokens that chose
+    them, and the outputs of the shards are added.
     """
 
     experts: Experts

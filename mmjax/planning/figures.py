@@ -31,7 +31,8 @@ FIGURES = (  # of a stage, in this order
 
 
 def stage_figures(recipe: Recipe, config: ModelConfig, name: str) -> dict[str, float]:
-    """The figures of FIGURES for a stage of a recipe, whose model this is.
+    """FIGURES of a stage of a recipe, whose model this is: numbers of parameters, bytes of all devices together, FLOPs by the convention of
+    mmjax.flops. Raises UserError where the stage trains what the model does not have.
 
     Every position that is not the picture's is taken to be supervised, and every row to be full. An encoder-decoder's encoder
     reads the row, and its decoder writes a row of answers (stage.answer_length, or as much as is not the picture's).
@@ -44,7 +45,7 @@ def stage_figures(recipe: Recipe, config: ModelConfig, name: str) -> dict[str, f
     optimizer = make_optimizer(stage.optimizer, trainable, stage.steps or 1, f"{key}.optimizer")
     state = state_shapes(trainable, optimizer)
     trained = selection.count(params)
-    tiles, tokens = _picture(recipe, config) if stage.tiled else (1, used.tokens_per_tile)
+    tiles, tokens = (_picture(recipe, config) if stage.tiled else None) or (1, used.tokens_per_tile)
     per_row = max(1, stage.tiles // tiles) if stage.packing else 1
     length = stage.length / per_row
     media = tokens if stage.objective == "language" and stage.tiles else 0
@@ -74,11 +75,11 @@ def stage_figures(recipe: Recipe, config: ModelConfig, name: str) -> dict[str, f
     return dict(zip(FIGURES, figures, strict=True))
 
 
-def _picture(recipe: Recipe, config: ModelConfig) -> tuple[int, int]:
-    """Tiles and tokens of a large square picture."""
+def _picture(recipe: Recipe, config: ModelConfig) -> tuple[int, int] | None:
+    """Tiles and tokens of a large square picture; None where pictures are one tile."""
     tiling = of_recipe(recipe.model.image)
     if tiling is None or config.connector is None:
-        return 1, config.tokens_per_tile
+        return None
     side = config.picture_size
     pictures = PictureTokens(config.connector.tokens, (side, side), tiling, config.merge)
     return pictures.tiles((4 * side, 4 * side)), len(pictures.order((4 * side, 4 * side)))
