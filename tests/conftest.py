@@ -15,6 +15,9 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
 
+# Tracing and lowering make objects by the million, and each full collection goes through all programs that are kept: seldom, then.
+gc.set_threshold(100_000, 20, 20)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

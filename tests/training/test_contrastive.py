@@ -21,7 +21,7 @@ MODEL = dataclasses.replace(
     llm=None,
     adapters=(),
     connector=ConnectorConfig(
-        "qformer", in_width=16, out_width=0, positions=4, depth=2, hidden_width=16, latents=3, heads=2, text_vocab=20,
+        "qformer", in_width=16, out_width=0, positions=4, depth=1, hidden_width=16, latents=3, heads=2, text_vocab=20,
         text_positions=8, contrast_width=8,
     ),
 )  # fmt: skip
@@ -29,7 +29,7 @@ STAGE = config.Stage(
     objective="contrastive",
     trainable=("connector/**",),
     optimizer=config.Optimizer(learning_rate=1e-2, warmup_ratio=0.0),
-    steps=3,
+    steps=2,
 )
 
 
@@ -53,9 +53,9 @@ def one():
 
 
 def test_eight_devices_are_one(one):
-    found = one.losses([batch()] * 3)
+    found = one.losses([batch()] * 2)
     assert found[-1, 0] < found[0, 0]
-    eight = Run(STAGE, config.Mesh(data=8), MODEL).losses([batch()] * 3)
+    eight = Run(STAGE, config.Mesh(data=8), MODEL).losses([batch()] * 2)
     np.testing.assert_allclose(eight, found, rtol=1e-4)
 
 
@@ -67,7 +67,7 @@ def test_the_loss_is_the_sum_of_its_parts_and_the_mean_over_real_pairs(one):
     features = vision_features(params, MODEL, given.images, execution(STAGE, one.mesh)).reshape(16, 4, 16)
     text = (jnp.asarray(a).reshape(16, 6) for a in (given.connector_tokens, given.connector_segments))
     key = jax.random.fold_in(jax.random.key(0), 0)
-    want = stage1_losses(params["connector"], MODEL.connector, features, *text, key)
+    want = jax.jit(stage1_losses, static_argnums=1)(params["connector"], MODEL.connector, features, *text, key)
     for name, part in metrics.parts.items():
         np.testing.assert_allclose(part, want[name], rtol=1e-5, err_msg=name)
 
