@@ -103,30 +103,12 @@ def _run(
         local = jnp.where((local >= first) & (local < first + experts), local - first, experts)  # those of other shards come last
     order = jnp.argsort(local, stable=True)
     sizes = jnp.bincount(local, length=experts + 1)[:experts].astype(jnp.int32)
-    places = order, jnp.argsort(order)
-    copies = _copied(tokens, k, *places)
+    copies = tokens[order // k]
     h = ACTIVATIONS[activation](grouped(copies, gate, sizes, tpu, gathers[0])) * grouped(copies, up, sizes, tpu, gathers[1])
     y = grouped(h, down, sizes, tpu, gathers[2]) * weights.reshape(-1)[order][:, None]
     if first is not None:
         y = jnp.where((jnp.arange(len(order)) < sizes.sum())[:, None], y, 0)
-    return _summed(y, k, *places).reshape(x.shape)
-
-
-# Rows are looked up in both directions: the gradient of a look-up, as XLA has it, adds one row after the other.
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _copied(tokens: jax.Array, k: int, order: jax.Array, back: jax.Array) -> jax.Array:
-    """tokens [n, width] -> k copies of each, [n k, width], copy `order[i]` of all at i; `back` is the inverse of `order`."""
-    return tokens[order // k]
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _summed(copies: jax.Array, k: int, order: jax.Array, back: jax.Array) -> jax.Array:
-    """What `_copied` made -> the sum of each token's copies, [n, width]."""
-    return copies[back].reshape(-1, k, copies.shape[-1]).sum(1)
-
-
-_copied.defvjp(lambda tokens, k, *places: (_copied(tokens, k, *places), places), lambda k, places, g: (_summed(g, k, *places), None, None))
-_summed.defvjp(lambda copies, k, *places: (_summed(copies, k, *places), places), lambda k, places, g: (_copied(g, k, *places), None, None))
+    return jnp.zeros_like(tokens).at[order // k].add(y).reshape(x.shape)
 
 
 def _spec(name: str, kernel: Kernel, mesh: Mesh) -> PartitionSpec:
