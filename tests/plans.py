@@ -174,6 +174,8 @@ def table(known: dict[str, Any]) -> str:
         if "predicted_mfu" in f:
             low, high = f["predicted_mfu_with_communication_least"], f["predicted_mfu_with_communication_most"]
             mfu = f"{f['predicted_mfu']:.0%} ({low:.0%} - {high:.0%})"
+            if (half := f.get("predicted_mfu_kernels_at_half", f["predicted_mfu"])) < f["predicted_mfu"]:
+                mfu += f"; all kernels at 50%: {half:.0%}"
         if "bytes_per_device_without_pallas" in f:
             mean = f.get("predicted_mfu_without_pallas")
             plain = f"{mean:.0%}, {f['bytes_per_device_without_pallas'] / 2**30:.1f} GiB" if mean else f"does not fit: {f['bytes_per_device_without_pallas'] / 2**30:.0f} GiB"

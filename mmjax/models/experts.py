@@ -133,9 +133,9 @@ def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, 
 
     gathers   axes of the mesh along which each device holds its own part of a dimension of the kernels, and which dimension
 
-    Checkpointed so that the kernels are cast to x's dtype, and gathered, again in the backward pass (see mmjax.models.kernels.matmul). On a TPU the
-    gradients are Pallas kernels', where n is a multiple of 128: XLA would multiply all rows with each expert's mask for that of the kernels,
-    and turn the kernels round in memory for that of x.
+    Checkpointed so that the kernels are cast to x's dtype, and gathered, again in the backward pass (see mmjax.models.kernels.matmul). On a TPU it is
+    megablox, where n is a multiple of 128: for the gradients XLA would multiply all rows with each expert's mask, and turn the kernels round
+    in memory.
     """
     dense = stored(kernels).astype(x.dtype)
     for axis, at in gathers:
@@ -146,22 +146,32 @@ def grouped(x: jax.Array, kernels: Kernel, sizes: jax.Array, tpu: bool = False, 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def tiled(x: jax.Array, kernels: jax.Array, sizes: jax.Array, interpret: bool = False) -> jax.Array:
-    """`grouped` of dense kernels; n is a multiple of 128. `interpret` runs the backward pass without a TPU, slowly."""
-    return jax.lax.ragged_dot(x, kernels, sizes)
+    """`grouped` of dense kernels, by Pallas' megablox; n is a multiple of 128. `interpret` runs it without a TPU, slowly."""
+    return _tiled_forward(x, kernels, sizes, interpret)[0]
 
 
 def _tiled_forward(x: jax.Array, kernels: jax.Array, sizes: jax.Array, interpret: bool) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return jax.lax.ragged_dot(x, kernels, sizes), (x, kernels, sizes)
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm  # takes a while to import
+
+    return _cleared(gmm(x, kernels, sizes, x.dtype, _tiles(x), interpret=interpret), sizes), (x, kernels, sizes)
 
 
 def _tiled_backward(interpret: bool, kept: tuple[jax.Array, ...], gradient: jax.Array) -> tuple[jax.Array, jax.Array, None]:
-    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm  # takes a while to import
+    from jax.experimental.pallas.ops.tpu.megablox.gmm import gmm, tgmm
 
     x, kernels, sizes = kept
-    tiles = (next(rows for rows in (512, 256, LANES) if len(x) % rows == 0), 512, 512)
-    of_kernels = tgmm(x.swapaxes(0, 1), gradient, sizes, kernels.dtype, tiles, interpret=interpret)
-    of_x = gmm(gradient, kernels, sizes, x.dtype, tiles, transpose_rhs=True, interpret=interpret)
-    return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], of_x, 0), of_kernels, None  # behind the last expert's rows stands anything
+    of_kernels = tgmm(x.swapaxes(0, 1), gradient, sizes, kernels.dtype, _tiles(x), interpret=interpret)
+    of_x = gmm(gradient, kernels, sizes, x.dtype, _tiles(x), transpose_rhs=True, interpret=interpret)
+    return _cleared(of_x, sizes), of_kernels, None
+
+
+def _tiles(x: jax.Array) -> tuple[int, int, int]:
+    return next(rows for rows in (512, 256, LANES) if len(x) % rows == 0), 512, 512
+
+
+def _cleared(x: jax.Array, sizes: jax.Array) -> jax.Array:
+    """0 behind the last expert's rows, where megablox leaves anything."""
+    return jnp.where((jnp.arange(len(x)) < sizes.sum())[:, None], x, 0)
 
 
 tiled.defvjp(_tiled_forward, _tiled_backward)
