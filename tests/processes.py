@@ -103,13 +103,13 @@ def _report(folder: Path, name: str, workdir: Path, told: Sequence[str]) -> None
 
 
 def weights_differ(workdir: Path, other: Path) -> float:
-    """The largest difference of an exported weight, as a share of its tensor's largest."""
+    """The largest difference of an exported weight (the bias of keys has no gradient but rounding, of which Adam makes steps of the learning
+    rate: of such a tensor any share may differ)."""
     from mmjax.checkpoints import safetensors
 
     ours, theirs = (safetensors.read(place / "export" / "model.safetensors") for place in (workdir, other))
     assert set(ours) == set(theirs)
-    pairs = [(np.asarray(ours[name].read(), np.float32), np.asarray(theirs[name].read(), np.float32)) for name in ours]
-    return max(float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-30)) for a, b in pairs)
+    return max(float(np.abs(np.float32(ours[name].read()) - np.float32(theirs[name].read())).max()) for name in ours)
 
 
 def free_port() -> int:
