@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import re
 import types
 import typing
@@ -113,6 +114,7 @@ def _usage(name: str, word: Word) -> str:
     return name if isinstance(word, bool) else f"{name}={word!r}"
 
 
+@functools.cache  # of a recipe's hundreds of keys each asks
 def _fields(kind: Any) -> dict[str, Any]:
     """Field name -> type of a dataclass, annotations resolved."""
     hints = typing.get_type_hints(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import logging
 import time
 from pathlib import Path
@@ -131,7 +132,7 @@ def _decisive(recipe: Recipe, begun: list[str]) -> dict[str, object]:
         else:
             flat[prefix] = value
 
-    values = to_dict(recipe)
+    values = json.loads(json.dumps(to_dict(recipe)))  # a tuple of free options is a list in recipe.json
     visit("seed", values["seed"])
     visit("model", values["model"])
     for name in begun:

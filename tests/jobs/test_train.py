@@ -13,6 +13,7 @@ from mmjax import config, tree
 from mmjax.errors import UserError
 from mmjax.jobs import train
 from tests import small_workdir
+from tests.configs import expand
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 
@@ -102,6 +103,15 @@ def test_the_same_command_again_trains_nothing(recipe, workdir):
     assert (workdir / "metrics.jsonl").read_text() == before
     for path, leaf in tree.flatten(mmjax.load(workdir).params).items():
         np.testing.assert_array_equal(leaf, tree.flatten(params)[path])
+
+
+@pytest.mark.parametrize("name", ["quickstart", *expand.systems()])
+def test_a_recipe_goes_on_in_its_own_workdir(name, tmp_path):
+    shipped = config.from_config_dict(expand.config(name, ""))
+    config.write_recipe(shipped, tmp_path)
+    for stage in shipped.run:
+        (tmp_path / "checkpoints" / stage / "1").mkdir(parents=True)
+    train.check_same_run(shipped, tmp_path)
 
 
 def test_another_recipe_is_refused_by_the_keys_that_differ(recipe, workdir):
