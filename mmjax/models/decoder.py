@@ -222,7 +222,7 @@ def decode(
     carry = (x, cache.keys, cache.values) if cache is not None else (x, None, None)
     extras = _extras(params, config, plugs, memory, period)
     (last, keys, values), (states, router, told) = run_stack(
-        body, carry, params["layers"], layers=config.layers, period=period, extras=extras, run=run
+        body, carry, params["layers"], layers=config.layers, period=period, pattern=len(config.windows), extras=extras, run=run
     )
     if config.final_norm:
         last = apply(_norm(config), params["final_norm"], last)
