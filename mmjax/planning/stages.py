@@ -136,13 +136,22 @@ def _large(program: Program, prepared: Arguments, mesh: Mesh) -> list[Large]:
     found: dict[tuple[str, str], Large] = {}
     for op, size, kind in program.large(least):
         shape = _bare(int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n)
-        why = known.get(shape, "")
+        why = known.get(shape) or _in_groups(known, shape, depths)
         if not why and shape[0] not in depths and math.prod(shape) <= most:
             why = "activations of one layer"
         elif not why and shape[0] in depths and math.prod(shape[1:]) <= most and prepared.stage.remat != "full":
             why = f"activations of all layers, kept for the gradient (remat={prepared.stage.remat})"
         found.setdefault((why, kind), Large(op, size, kind, why))
     return list(found.values())
+
+
+def _in_groups(known: dict[tuple[int, ...], str], shape: tuple[int, ...], depths: set[int]) -> str:
+    """Of stacks whose layers run in groups: [groups, layers of each, ...], or of one layer of each group [groups, ...]."""
+    for count in (1, 2):
+        for depth in depths:
+            if math.prod(shape[:count]) <= depth and (why := known.get((depth, *shape[count:]))):
+                return why
+    return ""
 
 
 def _most(prepared: Arguments, mesh: Mesh) -> float:
