@@ -2,8 +2,8 @@
 by hand; it takes 28 GB on disk and 17 GB of memory).
 
 Writes a Llama of 7B parameters in bfloat16 to DIR (see tests.load_7b). Four processes on this machine, a CPU device each, then put
-LLaVA's model together over the mesh fsdp=4, train its connector for some steps, save the checkpoint and write the whole in Hugging
-Face's layout. All the while each one's anonymous memory is sampled (what is mapped from the files does not count: the system can drop
+LLaVA's model together over the mesh tensor=4 (with fsdp each would gather a layer, which XLA:CPU does in float32), train its connector
+for some steps, save the checkpoint and write the whole in Hugging Face's layout. All the while each one's anonymous memory is sampled (what is mapped from the files does not count: the system can drop
 it at any time). `--small` tries it with 1/40 of the size. DIR is deleted afterwards.
 
 Fails where a process takes more than its own shards, the largest tensor and 1 GiB, or where what is written is not what was read.
@@ -68,7 +68,7 @@ def recipe(directory: Path) -> config.Recipe:
         ),
         stages={"align": align},
         run=("align",),
-        mesh=config.Mesh(data=1, fsdp=PROCESSES),
+        mesh=config.Mesh(data=1, tensor=PROCESSES),
         logging=config.Logging(every=1, tensorboard=False),
     )
 

@@ -47,6 +47,8 @@ class StepMetrics:
 # XLA:TPU would cut large products with gathered weights into a loop of thin ones, that the gathering can run beside: at these widths thin
 # products cost several times what the gathering does.
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+# XLA:CPU computes bfloat16 in float32, and would cast the weights of all layers before the first: three times the model in memory.
+CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 TrainStep = Callable[[State, Params, Batch], tuple[State, StepMetrics]]
 Losses = tuple[jax.Array, dict[str, jax.Array]]
@@ -127,7 +129,7 @@ def make_train_step(
         metrics = StepMetrics(loss, weight, norm, schedule(state.step), finite, losses, parts)
         return State(state.step + 1, trainable, moments), metrics
 
-    options = TPU_OPTIONS if mesh.devices.flat[0].platform == "tpu" else None
+    options = {"tpu": TPU_OPTIONS, "cpu": CPU_OPTIONS if stage.dtype == "bfloat16" else None}.get(mesh.devices.flat[0].platform)
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options)
 
 

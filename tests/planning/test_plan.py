@@ -12,12 +12,15 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mmjax import flops
-from mmjax.config import from_config_dict
+from mmjax.architecture import model_config
+from mmjax.config import Part, from_config_dict
 from mmjax.errors import UserError
 from mmjax.jobs import plan
 from mmjax.planning import chips
 from mmjax.planning.compiled import compiled
 from mmjax.planning.hlo import Program
+from mmjax.planning.stages import plan_stage
+from tests import load_7b, processes_7b
 from tests.configs.expand import config
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu, which has the compiler for TPUs")
@@ -87,3 +90,11 @@ def test_unknown_machines_are_refused(topology, says):
 def test_every_chip_has_a_peak():
     assert all(chip.flops for name, chip in chips.CHIPS.items() if name != "cpu")
     assert flops.peak("TPU v5 lite") == 197e12 and flops.peak("TPU v5") == 459e12
+
+
+def test_bfloat16_on_cpus_casts_no_stack_of_weights(tmp_path):
+    """The recipe of tests.processes_7b at 1/40 of its size: what a step takes beside its arguments is less than the frozen weights are."""
+    recipe = processes_7b.recipe(tmp_path)
+    recipe.model.llm = Part(config={"model_type": "llama", **load_7b.SIZES["small"], "num_hidden_layers": 8})
+    found = plan_stage(recipe, "align", model_config(recipe), chips.target("cpu:4"), recipe.mesh, 1e9, compare=False)
+    assert found.compiled is not None and found.compiled.memory["temporaries"] < found.held["frozen"] / 2
