@@ -77,6 +77,7 @@ def act(directory: Path, address: str, process: int) -> None:
     """One of the processes: prints what it held in each phase, and what it owns."""
     from mmjax.allocator import keep_freed_memory
 
+    sys.modules["torch"] = None  # type: ignore[assignment]  # as for users, who have none: transformers imports it where it is, 0.2 GB
     keep_freed_memory()  # as the command does
     phase, peaks, done = ["start"], dict[str, int](), threading.Event()
 
