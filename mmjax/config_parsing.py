@@ -125,7 +125,7 @@ def _known(kind: Any, values: Any, key: list[str]) -> bool:
     if not key:
         return True
     first, *rest = key
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         inner = values.get(first, {}) if isinstance(values, Mapping) else {}
         return first in _fields(kind) and _known(_fields(kind)[first], inner, rest)
     if typing.get_origin(kind) is dict:
