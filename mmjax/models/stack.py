@@ -37,10 +37,10 @@ def run_stack(
     extras = extras or (None,) * period
     runs = _runs(extras) if pattern == 1 else [(j, 1) for j in range(period)]
     whole = layers == total and not rest
-    grouped = period > 1 and whole
 
     def picked(carry, held, place, j, index, extra):
-        """Within what is rematerialised, so that no picked layer is kept for the gradient beside the stack."""
+        """A layer that stands at `place` of what is held (None: it is that itself), picked within what is rematerialised, so that it is not
+        kept for the gradient beside the stack."""
         layer = held if place is None else jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, place, keepdims=False), held)
         return body(carry, layer, j, index, extra)
 
@@ -54,7 +54,8 @@ def run_stack(
 
             def one(carry, j, first=first):
                 index = g * period + j
-                return step(carry, held, j if grouped else None if whole else index, first, index, more[first])
+                place = (j if period > 1 else None) if whole else index
+                return step(carry, held, place, first, index, more[first])
 
             if count > 1:
                 carry, output = jax.lax.scan(one, carry, first + jnp.arange(count))
@@ -65,7 +66,7 @@ def run_stack(
         return carry, outputs[0] if len(outputs) == 1 else jax.tree.map(lambda *o: jnp.concatenate(o), *outputs)
 
     rows = params if whole else None
-    if grouped:
+    if whole and period > 1:
         rows = jax.tree.map(lambda leaf: leaf.reshape(groups, period, *leaf.shape[1:]), params)
     scanned = tuple(jax.tree.map(lambda leaf: leaf[:groups], extra) for extra in extras)
     carry, outputs = jax.lax.scan(group, carry, (jnp.arange(groups), rows, scanned), unroll=max(1, min(run.unroll, groups)))
