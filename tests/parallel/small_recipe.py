@@ -1,4 +1,5 @@
-"""As little as one recipe can be that reads pictures, drops out, validates, evaluates and exports: for runs of several processes."""
+"""As little as one recipe can be that reads pictures and keeps their features, drops out, validates, shows examples before its
+questions, and exports: for runs of several processes (`python -m tests.processes FOLDER --config=tests/parallel/small_recipe.py`)."""
 
 import dataclasses
 
@@ -22,12 +23,24 @@ def get_config(argument: str = ""):
                 rows=8,
                 length=64,
                 tiles=2,
+                cache_features=True,
+                augment=("flip",),
                 optimizer=config.Optimizer(learning_rate=1e-2),
                 validation=config.Validation(sources={"scenes": _source("held_out")}, every=4, batches=1),
             )
         },
         run=("see",),
-        evaluations={"scenes": config.Evaluation(source=_source("held_out"), limit=8, batch=8, max_new_tokens=4, samples=2)},
+        evaluations={
+            "scenes": config.Evaluation(source=_source("held_out"), limit=8, batch=8, max_new_tokens=4, samples=2, blind=True),
+            "examples": config.Evaluation(
+                source=_source("held_out"),
+                limit=8,
+                batch=8,
+                max_new_tokens=4,
+                samples=2,
+                few_shot=config.FewShot(shots=2, choose="similar", source=_source("train")),
+            ),
+        },
         mesh=config.Mesh(cpu_devices=1),
         checkpoint=config.Checkpoint(every=2),
         logging=config.Logging(every=1, tensorboard=False),
