@@ -1,11 +1,14 @@
 """Training with 1, 2 and 4 real processes on this machine, killed and gone on with by other numbers of them. Not part of the suite:
 
     python -m tests.processes FOLDER [--steps=4] [--config=configs/quickstart.py] [--config.KEY=VALUE ...]
+    python -m tests.processes FOLDER --faults
 
 Trains the quickstart, a few steps of each stage, with its evaluation and its export: once in one process, once for every mesh of RUNS, and
 once more in several starts (CHAIN), each stopped by a signal to one process and gone on with by another number of them. Prints for each the
 largest difference of a step's loss from that of one process, whether all answers are the same, the largest difference of an exported
-weight, and what became of the processes. Takes half an hour on two cores; a run that is in FOLDER already is not made again."""
+weight, and what became of the processes. Takes half an hour on two cores; a run that is in FOLDER already is not made again.
+
+`--faults`: two processes of a small recipe, of which one meets what ends a run (FAULTS), and what each of them says."""
 
 from __future__ import annotations
 
@@ -40,9 +43,19 @@ CHAIN = (
     (4, ("cpu_devices=1", "fsdp=2"), (0.6, signal.SIGTERM)),
     (1, ("cpu_devices=2",), None),
 )
+# What is wrong, and the options that make it so. A picture that is cut off breaks when it is decoded, in the process whose row it is.
+FAULTS = (
+    ("a loss that is not finite", ("stages.see.optimizer.learning_rate=1e30", "stages.see.sources.scenes.path=cut_0.jsonl")),
+    ("one picture is cut off", ("loader.max_broken=0.5", "stages.see.sources.scenes.path=cut_1.jsonl")),
+    ("many pictures are cut off", ("stages.see.sources.scenes.path=cut_8.jsonl",)),
+    ("many pictures are cut off, features are kept", ("stages.see.cache_features=true", "stages.see.sources.scenes.path=cut_8.jsonl")),
+    ("a file that is not there", ("stages.see.sources.scenes.path=absent.jsonl",)),
+)
 
 
 def main(arguments: Sequence[str]) -> None:
+    if "--faults" in arguments:
+        return faults(Path(next(a for a in arguments if a != "--faults")).resolve())
     folder, own = Path(arguments[0]), [a for a in arguments[1:] if a.startswith("--config.")]
     chosen = dict(a[2:].split("=", 1) for a in arguments[1:] if a not in own)
     config, steps = chosen.get("config", "configs/quickstart.py"), int(chosen.get("steps", "4"))
@@ -61,6 +74,50 @@ def main(arguments: Sequence[str]) -> None:
             at = every[round(event[0] * len(every)) - 1] if event else None
             told.append(_run(workdir, count, [*given, *_mesh(mesh)], at, event[1] if event else None))
     _report(folder, "two, killed; four; one", workdir, told)
+
+
+def faults(folder: Path) -> None:
+    """The exit codes, and the last line that each of two processes says, for each of FAULTS."""
+    pictures = folder / "pictures"
+    _pictures(pictures)
+    for number, (name, options) in enumerate(FAULTS):
+        given = ["--config=tests/parallel/small_recipe.py", "--config.stages.see.cache_features=false", "--config.evaluations={}"]
+        given += ["--config.stages.see.sources.scenes.kind=messages", f"--config.stages.see.sources.scenes.images={pictures}"]
+        given += ["--config.stages.see.sources.scenes.options={}", "--heartbeat=20"]
+        given += [f"--config.{option.replace('path=', f'path={pictures}/')}" for option in options]
+        workdir = folder / str(number)
+
+        def command(place: str, count: int, process: int) -> list[str]:
+            others = [f"--coordinator={place}", f"--processes={count}", f"--process={process}"]
+            return [sys.executable, "-m", "mmjax.main", *given, f"--workdir={workdir}", *others]
+
+        with started(2, command, workdir / "logs") as processes:
+            codes = ended(processes, LIMIT)
+        print(f"\n{name}: {codes}", flush=True)
+        for log in sorted((workdir / "logs").glob("*.log")):
+            print(f"  {log.stem}: {log.read_text().strip().splitlines()[-1]}", flush=True)
+
+
+def _pictures(folder: Path) -> None:
+    """32 of the digits' questions with their pictures as files: cut_N.jsonl, where those of the first N are cut off."""
+    from mmjax.config import Source
+    from mmjax.data import messages, sources
+
+    folder.mkdir(parents=True, exist_ok=True)
+    digits = sources.open(Source(kind="digits", options={"split": "train", "task": "questions", "size": 32}))
+    rows = []
+    for index in range(32):
+        sample = digits[index]
+        name = messages.images(sample.messages)[0]["path"]
+        digits.image(name).save(folder / name)
+        whole = (folder / name).read_bytes()
+        (folder / f"cut_{name}").write_bytes(whole[: len(whole) // 2])
+        rows.append((sample, name))
+    for cut in (0, 1, 8):
+        with (folder / f"cut_{cut}.jsonl").open("w") as file:
+            for index, (sample, name) in enumerate(rows):
+                text = json.dumps({"id": sample.id, "messages": sample.messages})
+                file.write((text.replace(name, f"cut_{name}") if index < cut else text) + "\n")
 
 
 def _mesh(sizes: Sequence[str]) -> list[str]:

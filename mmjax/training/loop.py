@@ -248,7 +248,7 @@ def train_stage(
     if board:
         board.close()
     if pipeline.skipped:
-        log.warning("%s: %d samples were skipped; see %s", name, len(pipeline.skipped), skipped.path)
+        log.warning("%s: samples that were skipped: %d; see %s", name, len(pipeline.skipped), run.workdir / "skipped.jsonl")
     if termination.settled():
         run.store.close()
         raise Terminated
@@ -312,9 +312,10 @@ def _broken(name: str, step: int, info: Info, values: StepMetrics, loss: float) 
     bad, every = ([*dict.fromkeys(id for of_process in told for id in of_process[kind])] for kind in (0, 1))
     what = f"the loss is {loss}" if not np.isfinite(loss) else "the loss is finite but its gradient is not"
     where = "in these samples" if bad else "in a step of these samples"
+    look = "Look at those samples, lower" if len(bad) < len(every) else "As it is all of the step, look at the weights it began with, lower"
     return (
         f"{name}, step {step}: {what}, {where}: {', '.join(bad or every)}. Nothing was changed by this step; the checkpoints are "
-        f"from before it. Look at those samples, lower stages.{name}.optimizer.learning_rate, or set clip_norm."
+        f"from before it. {look} stages.{name}.optimizer.learning_rate, or set clip_norm."
     )
 
 
