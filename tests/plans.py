@@ -7,7 +7,7 @@
 The last stage of each recipe is compiled with libtpu for v5e:16x16 and v5p:4x4x8, small ones for v5e:2x4, and some for slices that suit
 their batches; nothing is run. The mesh is `fsdp` over all chips (half of them, and `data`, on v5p:4x4x8), and as much `tensor` (at most 8) as
 it takes for the step's rows to be not much more than the recipe's; a mixture's experts take their part of `fsdp`. What does not fit is
-tried in 2 and 4 micro-batches. Some recipes are also planned without Pallas attention, and with texts of 16,384 tokens.
+tried in 2 and 4 micro-batches, where there are rows for them, then with full rematerialisation, then with more `tensor`. Some recipes are also planned without Pallas attention, and with texts of 16,384 tokens.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,8 @@ def plan(case: Case) -> dict[str, Any]:
     per_row = known["flops_per_step"] / recipe.stages[name].rows
     mesh = mesh_of(recipe, config, name, case.topology, target.count)
     stage, found = recipe.stages[name], None
-    for parts in (1, 2, 4):  # as few micro-batches as it fits with
-        recipe.stages[name] = dataclasses.replace(stage, accumulate=stage.accumulate * parts)
+    for parts, remat, mesh in tries(stage, mesh):  # the first that fits
+        recipe.stages[name] = dataclasses.replace(stage, accumulate=parts, remat=remat)
         found = plan_stage(recipe, name, config, target, mesh, per_row, compare=case.name in COMPARED)
         if found.fits is not False:
             break
@@ -98,10 +99,24 @@ def plan(case: Case) -> dict[str, Any]:
         "recipe_rows": recipe.stages[name].rows,
         "length": recipe.stages[name].length,
         "accumulate": recipe.stages[name].accumulate,
+        "remat": recipe.stages[name].remat,
         "figures": report.figures(found, samples),
         "dearest": [[op, share] for op, share in found.costs[:5]],
         "unexplained": unexplained,
     }
+
+
+def tries(stage: recipes.Stage, mesh: recipes.Mesh) -> Iterator[tuple[int, str, recipes.Mesh]]:
+    """Micro-batches, rematerialisation and mesh, one after the other until a step fits."""
+    shards = mesh.data * mesh.fsdp * mesh.expert
+    parts = [n for n in (1, 2, 4) if n == 1 or -(-stage.rows // (shards * n)) * shards * n <= ROWS * stage.rows]
+    for n in parts:
+        yield stage.accumulate * n, stage.remat, mesh
+    if stage.remat != "full":
+        yield stage.accumulate * parts[-1], "full", mesh
+    while mesh.tensor < 8 and mesh.fsdp % 2 == 0:
+        mesh = dataclasses.replace(mesh, fsdp=mesh.fsdp // 2, tensor=mesh.tensor * 2)
+        yield stage.accumulate * parts[-1], "full", mesh
 
 
 def mesh_of(recipe: Recipe, config: ModelConfig, name: str, topology: str, devices: int) -> recipes.Mesh:
