@@ -106,7 +106,7 @@ def plan(case: Case) -> dict[str, Any]:
     }
 
 
-def tries(stage: recipes.Stage, mesh: recipes.Mesh) -> Iterator[tuple[int, str, recipes.Mesh]]:
+def tries(stage: recipes.Stage, mesh: recipes.Mesh) -> Iterator[tuple[int, Any, recipes.Mesh]]:
     """Micro-batches, rematerialisation and mesh, one after the other until a step fits."""
     shards = mesh.data * mesh.fsdp * mesh.expert
     parts = [n for n in (1, 2, 4) if n == 1 or -(-stage.rows // (shards * n)) * shards * n <= ROWS * stage.rows]
