@@ -111,12 +111,12 @@ def tries(stage: recipes.Stage, mesh: recipes.Mesh) -> Iterator[tuple[int, Any, 
     shards = mesh.data * mesh.fsdp * mesh.expert
     parts = [n for n in (1, 2, 4) if n == 1 or -(-stage.rows // (shards * n)) * shards * n <= ROWS * stage.rows]
     for n in parts:
-        yield stage.accumulate * n, stage.remat, mesh
+        yield n, stage.remat, mesh
     if stage.remat != "full":
-        yield stage.accumulate * parts[-1], "full", mesh
+        yield parts[-1], "full", mesh
     while mesh.tensor < 8 and mesh.fsdp % 2 == 0:
         mesh = dataclasses.replace(mesh, fsdp=mesh.fsdp // 2, tensor=mesh.tensor * 2)
-        yield stage.accumulate * parts[-1], "full", mesh
+        yield parts[-1], "full", mesh
 
 
 def mesh_of(recipe: Recipe, config: ModelConfig, name: str, topology: str, devices: int) -> recipes.Mesh:

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, Sequence
 
 from mmjax import config as recipes
 from mmjax import flops, tree
 from mmjax.architecture import model_config
-from mmjax.config import Recipe
+from mmjax.config import Recipe, Stage
 from mmjax.errors import UserError
 from mmjax.models import multimodal, quantised
 from mmjax.models.config import ModelConfig
@@ -55,9 +56,9 @@ def _on(slice: Target, recipe: Recipe, config: ModelConfig, known: dict[str, flo
     print(f"\n{report.NOTES}\n")
     for name in names:
 
-        def plan(recipe: Recipe, mesh: recipes.Mesh, name: str = name) -> StagePlan:
+        def plan(changed: Recipe, mesh: recipes.Mesh, name: str = name, compare: bool = False) -> StagePlan:
             per_row = known[f"flops_per_step_{name}"] / recipe.stages[name].rows
-            return plan_stage(recipe, name, config, slice, mesh, per_row)
+            return plan_stage(changed, name, config, slice, mesh, per_row, compare)
 
         per_row = known[f"flops_per_step_{name}"] / known[f"flops_per_sample_{name}"] / recipe.stages[name].rows
         if recipe.plan.search and slice.devices is not None:
@@ -65,11 +66,11 @@ def _on(slice: Target, recipe: Recipe, config: ModelConfig, known: dict[str, flo
             print(_table(["mesh, rows, rematerialisation, micro-batches", "GiB", "s a step", "MFU"], [_tried_row(t) for t in tried]))
             best = tried[0]
             print(f"{name}: " + (f"recommended: {best.flags}" if best.plan.fits else "nothing that was tried fits") + "\n")
-            plans.append(best.plan)
+            stage = dataclasses.replace(recipe.stages[name], remat=best.remat, accumulate=best.accumulate)
+            plans.append(plan(dataclasses.replace(recipe, stages={**recipe.stages, name: stage}), best.mesh, compare=True))
         else:
-            plans.append(plan(recipe, recipe.mesh))
-        if plans[-1].stage.rows != recipe.stages[name].rows:
-            print(f"{name}: {recipe.stages[name].rows} rows cannot be divided over this mesh: planned with --config.stages.{name}.rows={plans[-1].stage.rows}")
+            plans.append(plan(recipe, recipe.mesh, compare=True))
+            _say_changes(name, recipe.stages[name], plans[-1].stage)
         print(report.text(plans[-1], per_row) + "\n")
         last = report.figures(plans[-1], per_row)
         found |= {f"{key}_{name}": value for key, value in last.items()} | last
@@ -86,6 +87,13 @@ def _on(slice: Target, recipe: Recipe, config: ModelConfig, known: dict[str, flo
     return found
 
 
+def _say_changes(name: str, asked: Stage, planned: Stage) -> None:
+    if changed := [key for key in ("rows", "accumulate") if getattr(asked, key) != getattr(planned, key)]:
+        said = " ".join(f"--config.stages.{name}.{key}={getattr(planned, key)}" for key in changed)
+        parts = f" in {asked.accumulate} parts" if asked.accumulate > 1 else ""
+        print(f"{name}: {asked.rows} rows{parts} cannot be divided over this mesh: planned with {said}")
+
+
 def _tried_row(tried: Any) -> list[str]:
     plan = tried.plan
     mesh = " x ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
@@ -93,7 +101,7 @@ def _tried_row(tried: Any) -> list[str]:
     found = plan.estimate
     if found is None or not plan.fits:
         return [settings, f"{plan.needed / 2**30:.2f}", "does not fit", ""]
-    return [settings, f"{plan.needed / 2**30:.2f}", f"{found.step[0]:.2f} - {found.step[1]:.2f}", f"{found.mfu(found.compute):.1%}"]
+    return [settings, f"{plan.needed / 2**30:.2f}", f"{found.step[0]:.3g} - {found.step[1]:.3g}", f"{found.mfu(found.compute):.1%}"]
 
 
 def _parts(params: Params) -> dict[str, int]:

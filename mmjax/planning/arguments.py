@@ -23,10 +23,11 @@ from mmjax.parallel.sharding import MEDIA_FIELDS, batch_shardings
 from mmjax.tree import Params
 
 
-def fitting(stage: Stage, mesh: Mesh) -> Stage:
-    """The stage with as many rows as a mesh can divide: the next multiple of its data shards x accumulate."""
-    shares = data_shards(mesh) * stage.accumulate
-    return dataclasses.replace(stage, rows=math.ceil(stage.rows / shares) * shares)
+def fitting(stage: Stage, shards: int) -> Stage:
+    """The stage as so many data shards can divide it: as many micro-batches as a shard has rows, if they are fewer than the stage's, and the
+    next number of rows that goes with both."""
+    parts = min(stage.accumulate, math.ceil(stage.rows / shards))
+    return dataclasses.replace(stage, rows=math.ceil(stage.rows / (shards * parts)) * shards * parts, accumulate=parts)
 
 
 def batch(config: ModelConfig, stage: Stage, mesh: Mesh, beside: int = 0) -> Batch:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from mmjax.config import Recipe, Stage
 from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
+from mmjax.parallel.mesh import data_shards
 from mmjax.parallel.sharding import param_shardings
 from mmjax.planning import arguments
 from mmjax.training.optimizer import make_optimizer, make_schedule
@@ -57,7 +58,7 @@ class Compiled:
 def prepare(recipe: Recipe, name: str, config: ModelConfig, mesh: Any) -> Arguments:
     """The arguments of stage `name`. `mesh` may be abstract, where nothing is to be compiled."""
     key = f"stages.{name}"
-    stage = arguments.fitting(recipe.stages[name], mesh)
+    stage = arguments.fitting(recipe.stages[name], data_shards(mesh))
     config = config.without(stage.idle)
     params = multimodal.shapes(config)
     selection = select(params, stage.trainable, f"{key}.trainable")

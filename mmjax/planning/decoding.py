@@ -35,7 +35,7 @@ def plan_decoding(recipe: Recipe, config: ModelConfig, target: Target) -> Decodi
     """Compiles the prefill of rows as long as the last stage's, then one token more, as generation runs them."""
     mesh = mesh_for(target, recipe.mesh)
     stage = dataclasses.replace(recipe.stages[recipe.run[-1]], rows=recipe.generate.batch, accumulate=1, packing=False)
-    stage = arguments.fitting(stage, mesh)
+    stage = arguments.fitting(stage, data_shards(mesh))
     params = arguments.frozen(multimodal.shapes(config), recipe.model.dtype)
     params = arguments.placed(params, param_shardings(params, mesh))
     batch = arguments.batch(config, stage, mesh, recipe.model.connector.text_length)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Sequence
 
 from matplotlib.figure import Figure
 
 from mmjax.drawing import BLUE, GREEN, INK, ORANGE, PALE, RED, RULE
+from mmjax.parallel.mesh import DATA_AXES
 from mmjax.planning.chips import Target
 from mmjax.planning.estimate import KERNEL_SHARE, MEASURED_SHARES
 from mmjax.planning.stages import StagePlan
@@ -186,7 +188,8 @@ def advice(plan: StagePlan) -> str:
         return "Weights and optimizer alone fill it: " + ", or ".join(words) + "."
     if plan.stage.remat != "full":
         words.append(f"{key}.remat=full")
-    words.append(f"{key}.accumulate={2 * plan.stage.accumulate}")
+    if plan.stage.rows // math.prod(plan.mesh.get(axis, 1) for axis in DATA_AXES) > plan.stage.accumulate:
+        words.append(f"{key}.accumulate={2 * plan.stage.accumulate}")
     if plan.mesh.get("tensor", 1) < 8:
         words.append(f"--config.mesh.tensor={2 * plan.mesh.get('tensor', 1)}")
     return "Activations fill it: " + ", or ".join(words) + "; --config.plan.search=true tries them."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Iterator
+import math
+from typing import Any, Callable, Iterator, Literal
 
 from tqdm import tqdm
 
@@ -11,11 +12,14 @@ from mmjax import config as recipes
 from mmjax.config import Recipe
 from mmjax.errors import UserError
 from mmjax.models.config import ModelConfig
+from mmjax.parallel.mesh import DATA_AXES
+from mmjax.planning.arguments import fitting
 from mmjax.planning.chips import Target
 from mmjax.planning.stages import StagePlan
 
 TENSOR = (1, 2, 4, 8)  # parts of a layer that are tried
-ACCUMULATE = (1, 2, 4)
+ACCUMULATE = (1, 2, 4, 8, 16)
+ROWS = 1.5  # times the recipe's, that a step may have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Tried:
     """A mesh and settings of the stage, and the plan that came of them."""
 
     mesh: recipes.Mesh
-    remat: str
+    remat: Literal["none", "dots", "full"]
     accumulate: int
     plan: StagePlan
 
@@ -49,25 +53,32 @@ def search(recipe: Recipe, name: str, config: ModelConfig, target: Target, plan:
     """The candidates that were compiled, the best first. `plan` makes the plan of a recipe's stage on a mesh.
 
     Meshes come first, under the recipe's own rematerialisation or, where that does not fit, a stronger one and more micro-batches; then
-    weaker rematerialisation on the best mesh. Raises UserError where nothing was tried."""
+    weaker rematerialisation on the best mesh. A mesh that asks for many more rows than the recipe has is left out, since it would be
+    another training. Raises UserError where nothing was tried."""
     tried: list[Tried] = []
     refused: list[str] = []
+    stage, meshes = recipe.stages[name], list(_meshes(target, config))
+
+    def rows(mesh: recipes.Mesh, accumulate: int = 1) -> int:
+        return fitting(dataclasses.replace(stage, accumulate=accumulate), _shards(mesh)).rows
+
+    most = max(ROWS * stage.rows, min(map(rows, meshes)))
 
     def attempt(mesh: recipes.Mesh, remat: Any, accumulate: int) -> Tried | None:
-        stage = dataclasses.replace(recipe.stages[name], remat=remat, accumulate=accumulate)
-        changed = dataclasses.replace(recipe, stages={**recipe.stages, name: stage})
+        changed = dataclasses.replace(stage, remat=remat, accumulate=accumulate)
         try:
-            made = plan(changed, mesh)
+            made = plan(dataclasses.replace(recipe, stages={**recipe.stages, name: changed}), mesh)
         except UserError as error:  # this mesh does not go with this model
             refused.append(str(error))
             return None
         tried.append(Tried(mesh, remat, accumulate, made))
         return tried[-1]
 
-    own = recipe.stages[name].remat
-    for mesh in tqdm(list(_meshes(target, config)), f"{name}: meshes", disable=None):
-        for accumulate in ACCUMULATE:
-            found = attempt(mesh, "full" if accumulate > 1 else own, accumulate)
+    for mesh in tqdm([mesh for mesh in meshes if rows(mesh) <= most], f"{name}: meshes", disable=None):
+        each = math.ceil(stage.rows / _shards(mesh))
+        parts = [(n, "full") for n in ACCUMULATE if n <= each and rows(mesh, n) <= most]
+        for accumulate, remat in dict.fromkeys([(1, stage.remat), *parts]):
+            found = attempt(mesh, remat, accumulate)
             if found is None or found.plan.fits:
                 break
     if not tried:
@@ -76,6 +87,10 @@ def search(recipe: Recipe, name: str, config: ModelConfig, target: Target, plan:
     for remat in tqdm([r for r in ("none", "dots", "full") if r != best.remat], f"{name}: rematerialisation", disable=None):
         attempt(best.mesh, remat, best.accumulate)
     return sorted(tried, key=lambda t: t.seconds)
+
+
+def _shards(mesh: recipes.Mesh) -> int:
+    return math.prod(getattr(mesh, axis) for axis in DATA_AXES)
 
 
 def _meshes(target: Target, config: ModelConfig) -> Iterator[recipes.Mesh]:

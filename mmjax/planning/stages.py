@@ -22,6 +22,7 @@ from mmjax.planning.chips import Target
 from mmjax.planning.compiled import Arguments, Compiled, compile_step, prepare
 from mmjax.planning.estimate import Estimate, estimate
 from mmjax.planning.hlo import Program
+from mmjax.training.loss import chunking
 
 LEAST = 2**20  # bytes of a buffer that is worth a word
 PADDED = 1.3  # times its positions, that an encoder's texts of patches may have in whole blocks
@@ -190,6 +191,8 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
             known[_bare((config.llm.layers, rows, own, width))] = "what each layer of the language model reads, kept for the gradient"
         for chunk in (n for n in range(1, rows * length + 1) if rows * length % n == 0):
             known.setdefault(_bare((rows * length // chunk, chunk, width)), "the last states, a chunk of positions after another")
+        vocab = config.llm.vocab_size // mesh.shape["tensor"]
+        known[_bare((chunking(rows * stage.length, config.llm.vocab_size)[1] // mesh.shape["sequence"], vocab))] = "the logits of a chunk of positions"
     if isinstance(config.vision, ViTConfig):
         for extra in (config.vision.positions, config.vision.positions + config.vision.prefix):
             kept = (config.vision.layers, rows * stage.tiles, extra, config.vision.block.width)

@@ -128,8 +128,7 @@ def cross_entropy(
     """
     rows, length, width = hidden.shape
     count = rows // groups * length
-    chunks = min(count, max(LEAST_CHUNKS, math.ceil(count * vocab / CHUNK_LOGITS)))
-    size = math.ceil(count / chunks)
+    chunks, size = chunking(count, vocab)
     padding = chunks * size - count
 
     grouped_weights = weights.reshape(groups, count).astype(jnp.float32)
@@ -170,6 +169,12 @@ def _nll(logits: jax.Array, targets: jax.Array, smoothing: float) -> jax.Array:
     if smoothing:
         target = (1.0 - smoothing) * target + smoothing * logits.mean(-1)
     return normaliser - target
+
+
+def chunking(count: int, vocab: int) -> tuple[int, int]:
+    """In how many chunks so many positions go through the head, and the positions of a chunk."""
+    chunks = min(count, max(LEAST_CHUNKS, math.ceil(count * vocab / CHUNK_LOGITS)))
+    return chunks, math.ceil(count / chunks)
 
 
 @jax.custom_vjp
