@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Sequence
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mmjax.batch import Batch
 from mmjax.data.encoding import IGNORED, Example
@@ -20,6 +21,8 @@ def collate(
     groups: int = 1,
     tiles: int = 0,
     media_shape: tuple[int, ...] = (),
+    media_dtype: DTypeLike = np.uint8,
+    audio_shape: tuple[int, ...] = (),
     mask: MaskKind = "causal",
     media_positions: bool = True,
     row_media: int | None = None,
@@ -34,7 +37,8 @@ def collate(
     length        tokens of a row; 0 = as many as the longest row has
     groups        row r of R goes to group r // (R // groups), and so do its images
     tiles         image tiles of a group, dummies included; 0 = as many as the fullest group has
-    media_shape   shape of one tile's `pixels`, for the dummies of a batch without images; () = taken from the images
+    media_shape, media_dtype   of one tile's `pixels`, for the dummies of a batch without images; () = taken from the images
+    audio_shape   of what stands beside one noise embedding, for those that have none; () = taken from them
     mask          who sees whom beside what stands before (see mmjax.spans)
     media_positions   whether media tokens are counted in positions; else the text alone (GIT)
     row_media     images that a row has room for, of a model whose blocks read them by cross-attention; 0 = as many as the fullest row
@@ -63,7 +67,7 @@ def collate(
     if answer_length or any(answers):
         fields |= _answers(rows, answer_length or max(answers))
     if tiles:
-        fields |= _media(fed, tiles, media_shape) | ({"grids": _grids(fed, tiles)} if stitched else {})
+        fields |= _media(fed, tiles, media_shape, media_dtype) | _audio(fed, tiles, audio_shape) | ({"grids": _grids(fed, tiles)} if stitched else {})
     if tiles and beside_length:
         fields |= _beside(fed, tiles, beside_length)
     return Batch(**fields)
@@ -204,13 +208,12 @@ def _beside(fed: Sequence[Sequence[Example]], tiles: int, length: int) -> dict[s
     return {"connector_tokens": tokens, "connector_segments": segments}
 
 
-def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, np.ndarray]:
     found = next((example.pixels for group in fed for example in group if example.pixels is not None), None)
     shape = shape or (found.shape[1:] if found is not None else ())
     if not shape:
         raise ValueError("a batch without images needs media_shape to make its dummies")
-    dtype = found.dtype if found is not None else np.uint8 if len(shape) == 3 else np.float16
-    pixels = np.zeros((len(fed), tiles, *shape), dtype)
+    pixels = np.zeros((len(fed), tiles, *shape), dtype if found is None else found.dtype)
     real = np.zeros((len(fed), tiles), bool)
     classes = np.full((len(fed), tiles), -1, np.int32)
     for group, examples in enumerate(fed):
@@ -221,16 +224,17 @@ def _media(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...])
             if at > tiles:
                 raise ValueError(f"a group holds {at} tiles, more than {tiles}; the last is of sample {example.id}")
             pixels[here], real[here], classes[here] = example.pixels, True, example.category
-    fields = {"images" if len(shape) == 3 else "features": pixels, "tiles": real} | _audio(fed, tiles)
+    fields = {"images" if len(shape) == 3 else "features": pixels, "tiles": real}
     return fields | {"classes": classes} if (classes >= 0).any() else fields
 
 
-def _audio(fed: Sequence[Sequence[Example]], tiles: int) -> dict[str, np.ndarray]:
-    """Audio features beside noise embeddings; nothing where no example has any."""
+def _audio(fed: Sequence[Sequence[Example]], tiles: int, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """Audio features beside noise embeddings; nothing where there are none."""
     found = next((example.audio for group in fed for example in group if example.audio is not None), None)
-    if found is None:
+    shape = shape or (found.shape[1:] if found is not None else ())
+    if not shape:
         return {}
-    audio = np.zeros((len(fed), tiles, *found.shape[1:]), np.float32)
+    audio = np.zeros((len(fed), tiles, *shape), np.float32)
     for group, examples in enumerate(fed):
         at = 0
         for example in examples:

@@ -115,6 +115,11 @@ class Features:
     shape: tuple[int, int]
     tables: Mapping[str, Table]
 
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Of what `lookup` returns."""
+        return np.float16
+
     def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray:
         """float16 [tiles, positions, width]. Raises BrokenImage for a picture that could not be read when the file was made."""
         table = self.tables[dataset]

@@ -125,6 +125,11 @@ class ImageProcessor:
         """Of what `pixels` returns."""
         return self.height, self.width, 3
 
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Of what `pixels` returns."""
+        return np.uint8
+
     def pixels(self, image: Any) -> np.ndarray:
         """uint8 [height, width, 3] of whatever `decode` takes, without a tiling. Raises BrokenImage."""
         if self.tiling is not None:

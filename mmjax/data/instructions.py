@@ -67,9 +67,15 @@ class Hypotheses:
         assert self._beside is not None
         return self._beside.noise(int(name))
 
-    def audio(self, name: str) -> np.ndarray | None:
-        """Means of noisy and of clean audio features, float32 [2, width]; None where there are none."""
-        return self._beside.audio(int(name)) if self._beside else None
+    @property
+    def audio_shape(self) -> tuple[int, ...]:
+        """Of what `audio` returns; () where there is none."""
+        return self._beside.audio_shape if self._beside else ()
+
+    def audio(self, name: str) -> np.ndarray:
+        """Means of noisy and of clean audio features, float32 [2, width]."""
+        assert self._beside is not None
+        return self._beside.audio(int(name))
 
     def picture_size(self, name: str) -> tuple[int, int]:
         rows, columns = self.image(name).shape
@@ -105,7 +111,11 @@ class DrawnHypotheses:
         noise = draw.uniform(0, 0.5)
         return (noise * draw.normal(size=self._shape)).astype(np.float32)
 
-    def audio(self, name: str) -> np.ndarray | None:
+    @property
+    def audio_shape(self) -> tuple[int, ...]:
+        return 2, self._audio
+
+    def audio(self, name: str) -> np.ndarray:
         draw = self._draw(int(name))
         noise = draw.uniform(0, 0.5)
         clean = draw.normal(size=self._audio)
@@ -147,9 +157,11 @@ class Beside:
     def noise(self, row: int) -> np.ndarray:
         return np.asarray(self._arrays["noise"][row], np.float32)
 
-    def audio(self, row: int) -> np.ndarray | None:
-        if "noisy" not in self._arrays:
-            return None
+    @property
+    def audio_shape(self) -> tuple[int, ...]:
+        return (2, self._arrays["noisy"].shape[-1]) if "noisy" in self._arrays else ()
+
+    def audio(self, row: int) -> np.ndarray:
         return np.stack([self._arrays[name][row] for name in ("noisy", "clean")]).astype(np.float32)
 
     def __reduce__(self) -> tuple:
@@ -160,6 +172,7 @@ class Embeddings:
     """In an image processor's place, where what stands beside a text are embeddings of this shape, taken as they are."""
 
     tiling = None
+    dtype: type[np.generic] = np.float32
 
     def __init__(self, shape: tuple[int, int]):
         self.shape: tuple[int, ...] = shape

@@ -43,6 +43,9 @@ class Features(Protocol):
     @property
     def shape(self) -> tuple[int, int]: ...
 
+    @property
+    def dtype(self) -> type[np.generic]: ...
+
     def lookup(self, dataset: str, image: str, flipped: bool = False) -> np.ndarray:
         """Those of all tiles of a picture, [tiles, positions, width]."""
         ...
@@ -184,7 +187,8 @@ class Pipeline:
                 except BadSample as error:
                     skipped.append(Skipped(self._locate(sample)[0], error.id, error.reason))
         source = self.features if self.features is not None else self.image_processor
-        shape: tuple[int, ...] = source.shape if source is not None and self._tiles.any() else ()
+        fed = source if source is not None and self._tiles.any() else None
+        shape: tuple[int, ...] = fed.shape if fed else ()
         language = self.stage.objective == "language"
         batch = collate(
             rows,
@@ -192,6 +196,8 @@ class Pipeline:
             groups=self.groups,
             tiles=self.stage.tiles * self.rows // self.groups if shape else 0,
             media_shape=shape,
+            media_dtype=fed.dtype if fed else np.uint8,
+            audio_shape=self._audio_shape,
             **(self.encoder.collation if self.encoder else {}),
             row_media=self.stage.tiles if self.encoder and (self.encoder.placeholder is not None or self.encoder.media_apart) else None,
             answer_length=self.answer_length,
@@ -241,9 +247,16 @@ class Pipeline:
 
     def _audio(self, name: str, example: Example) -> np.ndarray | None:
         """What the source has of audio beside a sample's noise embedding."""
-        audio = getattr(self.datasets[name], "audio", None)
-        found = audio(example.images[0]["path"]) if audio is not None and self.stage.noise_distillation else None
-        return None if found is None else found[None]
+        dataset: Any = self.datasets[name]
+        if not self.stage.noise_distillation or not getattr(dataset, "audio_shape", ()):
+            return None
+        return dataset.audio(example.images[0]["path"])[None]
+
+    @property
+    def _audio_shape(self) -> tuple[int, ...]:
+        """Of that, the same in all batches: () where no source has any."""
+        found = (getattr(dataset, "audio_shape", ()) for dataset in self.datasets.values())
+        return next(filter(None, found), ()) if self.stage.noise_distillation else ()
 
     def _pixels(self, name: str, part: dict[str, Any], flipped: bool) -> np.ndarray:
         """What is fed for one image part of source `name`: its tiles."""

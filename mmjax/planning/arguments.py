@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from numpy.typing import DTypeLike
 
 from mmjax import tree
 from mmjax.batch import Batch
@@ -54,20 +55,23 @@ def _one_row(config: ModelConfig, stage: Stage, beside: int) -> Batch:
     language, contrastive = stage.objective == "language", stage.objective == "contrastive"
     reads_beside = config.cross_attention is not None or config.media_beside
     shape: tuple[int, ...] = ()
+    dtype: DTypeLike = np.uint8
     if stage.tiles and config.vision is not None:
         side = config.picture_size
         shape = (side, side, 3)
         if stage.cache_features:
-            shape = (config.features.positions(config.vision), config.features.width(config.vision))
+            shape, dtype = (config.features.positions(config.vision), config.features.width(config.vision)), np.float16
     noise = next((adapter for adapter in config.adapters if isinstance(adapter, NoisePromptConfig)), None)
     if noise is not None:
-        shape = (noise.length, noise.channels)
+        shape, dtype = (noise.length, noise.channels), np.float32
     writes = language and config.llm is not None and config.llm.encoder is not None
     one = collate(
         [[]],
         length=stage.length if language else 0,
         tiles=stage.tiles if shape else 0,
         media_shape=shape,
+        media_dtype=dtype,
+        audio_shape=(2, noise.audio) if noise is not None and stage.noise_distillation else (),
         mask=config.mask,
         media_positions=config.llm is None or not config.llm.media_as_they_are,
         row_media=stage.tiles if reads_beside and language else None,
@@ -77,8 +81,6 @@ def _one_row(config: ModelConfig, stage: Stage, beside: int) -> Batch:
         media_apart=config.media_beside,
         beside_length=stage.length if contrastive else beside,
     )
-    if noise is not None and stage.noise_distillation:
-        one = dataclasses.replace(one, audio=np.zeros((1, stage.tiles, 2, noise.audio), np.float32))
     if stage.objective == "classify" and one.tiles is not None:
         one = dataclasses.replace(one, classes=np.zeros(one.tiles.shape, np.int32))
     return one

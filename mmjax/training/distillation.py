@@ -21,7 +21,7 @@ def noise_loss(params: Params, config: ModelConfig, batch: Batch, weight: float)
     adapter = next(a for a in config.adapters if isinstance(a, NoisePromptConfig) and a.audio)
     if batch.features is None or batch.audio is None:
         return jnp.zeros(())
-    noise, audio = jnp.asarray(batch.features), jnp.asarray(batch.audio)
+    noise, audio = jnp.asarray(batch.features, jnp.float32), jnp.asarray(batch.audio)
     noise, audio = noise.reshape(-1, *noise.shape[2:]), audio.reshape(-1, *audio.shape[2:])
     real = jnp.asarray(batch.tiles).reshape(-1).astype(jnp.float32)
     noisy, clean = audio[:, :1], audio[:, 1:]

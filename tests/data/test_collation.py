@@ -60,8 +60,9 @@ def test_a_batch_of_text_has_dummies_where_asked_and_nothing_otherwise():
     assert collate(rows).images is None and collate(rows).tiles is None
     dummies = collate(rows, tiles=3, media_shape=(4, 4, 3))
     assert dummies.images.shape == (1, 3, 4, 4, 3) and not dummies.tiles.any()
-    features = collate(rows, tiles=3, media_shape=(9, 5))
+    features = collate(rows, tiles=3, media_shape=(9, 5), media_dtype=np.float16, audio_shape=(2, 7))
     assert features.features.shape == (1, 3, 9, 5) and features.images is None
+    assert (features.features.dtype, dummies.images.dtype, features.audio.shape) == (np.float16, np.uint8, (1, 3, 2, 7))
     with pytest.raises(ValueError, match="media_shape"):
         collate(rows, tiles=3)
 

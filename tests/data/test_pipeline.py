@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from mmjax.config import Loader, Source, Stage
-from mmjax.data import lengths, sources, templates
+from mmjax.data import images, instructions, lengths, sources, templates
 from mmjax.data.encoding import Encoder
 from mmjax.data.images import ImageProcessor
+from mmjax.data.instructions import Embeddings
 from mmjax.data.pipeline import Pipeline
 from mmjax.errors import UserError
 from tests.data.pictures import claimed_png, encoded, gradient, write_tar
@@ -256,7 +257,7 @@ def test_text_alone_needs_no_images(encoder):
 
 def test_cached_features_take_the_place_of_pictures(small, encoder):
     class Cache:
-        shape = (4, 5)
+        shape, dtype = (4, 5), np.float16
 
         def lookup(self, dataset, image, flipped=False):
             assert dataset == "mixed" and flipped is False
@@ -266,6 +267,20 @@ def test_cached_features_take_the_place_of_pictures(small, encoder):
         assert batch.images is None and batch.features.dtype == np.float16
         shown = [int(id[1:]) for row in info.ids for id in row for _ in range(int(id[1:]) % 3)]
         assert batch.features[0, batch.tiles[0], 0, 0].tolist() == shown
+
+
+def test_a_share_without_samples_has_the_fields_of_the_others(encoder, monkeypatch):
+    """Of several processes that run one program, one may have nothing but broken samples in a step."""
+    source = Source(kind="drawn_hypotheses", options={"size": 16, "embeddings": 3, "width": 5, "audio": 7})
+    settings = dict(sources_={"heard": source}, packing=False, noise_distillation=0.5, loader=Loader(max_broken=1), tiles=1, length=512)
+    made = pipeline(None, dataclasses.replace(encoder, media_apart=True), processor=Embeddings((3, 5)), **settings)
+    whole, _ = next(iter(made.batches()))
+    monkeypatch.setattr(instructions.DrawnHypotheses, "image", lambda *_: (_ for _ in ()).throw(images.BrokenImage("cut off")))
+    empty, info = next(iter(made.batches()))
+    assert len(info.skipped) == 8 and whole.audio.any() and not empty.audio.any()
+    kinds = [{f.name: getattr(getattr(batch, f.name), "dtype", None) for f in dataclasses.fields(batch)} for batch in (whole, empty)]
+    shapes = [{f.name: np.shape(getattr(batch, f.name)) for f in dataclasses.fields(batch)} for batch in (whole, empty)]
+    assert kinds[0] == kinds[1] and shapes[0] == shapes[1]
 
 
 def test_weights_choose_the_mixture(small, encoder):
