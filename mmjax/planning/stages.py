@@ -183,6 +183,11 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
         gathered = [own * _gathered(axes, mesh) for own, axes in zip(local, leaf.sharding.spec)]
         one = gathered[1:] if tree.is_stacked(path) else gathered
         known[_bare(one)] = f"of {path}: gathered where it is used" + (", one layer" if tree.is_stacked(path) else "")
+        if len(one) == 2:
+            known.setdefault((one[1], one[0]), f"of {path}, turned: the head's, or its gradient")
+        if "/plugs/" in path:  # the distillation asks all layers at once
+            for shape in (gathered, (gathered[0], *reversed(gathered[1:]))):
+                known.setdefault(_bare(shape), f"of {path}: of all layers, which are asked at once, or its gradient")
     config, stage = prepared.config, prepared.stage
     rows = stage.rows // (data_shards(mesh) * stage.accumulate)
     if config.llm is not None:
@@ -197,6 +202,9 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
         for extra in (config.vision.positions, config.vision.positions + config.vision.prefix):
             kept = (config.vision.layers, rows * stage.tiles, extra, config.vision.block.width)
             known[_bare(kept)] = "what each layer of the encoder reads, kept for the gradient"
+    if (connector := config.connector) is not None:
+        kept = (connector.depth, rows * stage.tiles, connector.latents, connector.inner_width)
+        known[_bare(kept)] = "what each layer of the connector reads, kept for the gradient"
     for path, leaf in tree.flatten(prepared.state.trainable).items():
         known[_bare(leaf.sharding.shard_shape(leaf.shape))] = f"of {path}, which is trained: its gradient, moments or new values"
     return known
