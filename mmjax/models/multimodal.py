@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from mmjax.batch import Batch
 from mmjax.errors import UserError
@@ -35,6 +36,7 @@ from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import MobileNetV2Config, ViTConfig
 from mmjax.models.stitching import stitch
 from mmjax.parallel.constraints import POSITIONS, ROWS, constrain
+from mmjax.parallel.mesh import data_shards, of_rows_alone
 
 Params = dict[str, Any]
 
@@ -82,6 +84,11 @@ def vision_features(
 ) -> jax.Array:
     """Pixels [..., height, width, channels], or vit.Patches [..., patches, pixels] -> what the connector reads [..., positions, width].
     With a `dropout_key` what is plugged into the encoder drops what it drops in training."""
+    if run.mesh is not None and not isinstance(images, vit.Patches) and (parts := parts_of_tiles(config, images.shape, run.mesh)) > 1:
+        dummies = [(0, 0), (0, -images.shape[1] % parts), (0, 0), (0, 0), (0, 0)]
+        divided = constrain(jnp.pad(images, dummies), run.mesh, ROWS, ("tensor", "sequence"))
+        run = dataclasses.replace(run, mesh=of_rows_alone(run.mesh))
+        return vision_features(params, config, divided, run, dropout_key)[:, : images.shape[1]]
     leaves = adapters.bound(params, config, "vision")
     if isinstance(images, vit.Patches):
         assert isinstance(config.vision, ViTConfig)
@@ -103,6 +110,15 @@ def vision_features(
 
     out = encode(flat) if config.features == spec else scales.features(encode, flat, config.features.scales)
     return out.reshape(*pixels.shape[:-3], *out.shape[1:])
+
+
+def parts_of_tiles(config: ModelConfig, shape: tuple[int, ...], mesh: Mesh) -> int:
+    """Into how many parts the tiles of each group [groups, tiles, height, width, channels] are divided, as groups are over the data axes. All devices along
+    `tensor` and `sequence` would compute the same where heads are not divided by `tensor`, and pictures have no `sequence`."""
+    if len(shape) < 5 or shape[1] == 1 or shape[0] % data_shards(mesh):
+        return 1
+    divides_heads = isinstance(config.vision, ViTConfig) and config.vision.block.heads % mesh.shape["tensor"] == 0
+    return 1 if divides_heads and mesh.shape["sequence"] == 1 else mesh.shape["tensor"] * mesh.shape["sequence"]
 
 
 def fitted(config: ModelConfig, images: vit.Pictures) -> ModelConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from typing import Sequence
 
@@ -73,6 +74,13 @@ def own_shards(mesh: jax.sharding.Mesh) -> tuple[int, ...]:
     by_shard = mesh.devices.reshape(data_shards(mesh), -1)  # the data axes are the first of AXES
     own = jax.process_index()
     return tuple(shard for shard, devices in enumerate(by_shard) if any(device.process_index == own for device in devices))
+
+
+@functools.lru_cache
+def of_rows_alone(mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """The same devices, all of which divide rows: `tensor` and `sequence` are counted to the last of DATA_AXES."""
+    shape = mesh.shape["data"], mesh.shape["fsdp"], -1, 1, 1
+    return jax.sharding.Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
 
 
 def divide_processor(sizes: config.Mesh) -> None:

@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from mmjax import config as recipes
 from mmjax import tree
 from mmjax.config import Recipe, Stage
+from mmjax.models import multimodal
 from mmjax.models.config import ModelConfig
 from mmjax.models.encoder_config import ViTConfig
 from mmjax.parallel.mesh import DATA_AXES, axis_sizes, data_shards, make_mesh
@@ -165,8 +166,14 @@ def _most(prepared: Arguments, mesh: Mesh) -> float:
         sizes.append(rows * stage.length * copies * max(llm.block.width, llm.block.mlp_width))
     if isinstance(config.vision, ViTConfig):
         block, positions = config.vision.block, config.vision.positions + config.vision.prefix
-        sizes.append(PADDED * rows * stage.tiles * positions * max(block.width, block.mlp_width))
+        sizes.append(PADDED * _tiles(prepared, mesh) * positions * max(block.width, block.mlp_width))
     return max(sizes)
+
+
+def _tiles(prepared: Arguments, mesh: Mesh) -> int:
+    """Tiles that a device encodes at once."""
+    shape = prepared.batch.images.shape if prepared.batch.images is not None else (0, 0)
+    return -(-shape[1] // multimodal.parts_of_tiles(prepared.config, shape, mesh))
 
 
 def _gathered(axes: Axes, mesh: Mesh) -> int:
@@ -199,8 +206,9 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
         vocab = config.llm.vocab_size // mesh.shape["tensor"]
         known[_bare((chunking(rows * stage.length, config.llm.vocab_size)[1] // mesh.shape["sequence"], vocab))] = "the logits of a chunk of positions"
     if isinstance(config.vision, ViTConfig):
+        tiles = _tiles(prepared, mesh)
         for extra in (config.vision.positions, config.vision.positions + config.vision.prefix):
-            kept = (config.vision.layers, rows * stage.tiles, extra, config.vision.block.width)
+            kept = (config.vision.layers, tiles, extra, config.vision.block.width)
             known[_bare(kept)] = "what each layer of the encoder reads, kept for the gradient"
     if (connector := config.connector) is not None:
         kept = (connector.depth, rows * stage.tiles, connector.latents, connector.inner_width)

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from mmjax import config, tree
+from mmjax.models import multimodal
 from mmjax.models.block_config import Experts
-from mmjax.models.config import ModelConfig
+from mmjax.models.config import Execution, ModelConfig
 from mmjax.models.encoder_config import ConnectorConfig, GatedCrossAttentionConfig
+from mmjax.parallel.mesh import make_mesh
 from tests.training import tiny
 from tests.training.test_step import STAGE, Run
 
@@ -100,6 +102,25 @@ def test_no_rows_are_brought_together(name, mesh):
     assert shapes and not [shape for shape in shapes if len(shape) > 2 and shape[0] == 8]
     if mesh == "fsdp":
         assert max(map(len, shapes)) == 2
+
+
+@pytest.mark.parametrize("sizes", [dict(data=2, tensor=4), dict(fsdp=2, tensor=2, sequence=2)])
+def test_tiles_are_divided_where_heads_are_not(sizes):
+    """An encoder with 3 heads reads 2 x 3 tiles: one on each device, and dummies on two."""
+    block = dataclasses.replace(VISION.block, heads=3, kv_heads=3, head_dim=4)
+    model, images = dataclasses.replace(LLAVA, vision=dataclasses.replace(VISION, block=block)), tiny.batch(rows=6, groups=2).images
+    params = {"vision": tiny.params(model)["vision"]}
+
+    def loss(params, run):
+        return (multimodal.vision_features(params, model, images, run) ** 2).sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    run = Execution(mesh=make_mesh(config.Mesh(**{"data": 1, **sizes})))
+    compiled = gradients.lower(params, run).compile()
+    for found, wanted in zip(jax.tree.leaves(compiled(params)), jax.tree.leaves(gradients(params, Execution()))):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-3)
+    widened = re.findall(r"f32\[(\d+),32\]\S* dot\(", compiled.as_text())
+    assert widened and set(widened) <= {"5", "16"}  # the positions of one tile, or the gradient of the weights
 
 
 if __name__ == "__main__":
