@@ -138,7 +138,7 @@ def _large(program: Program, prepared: Arguments, mesh: Mesh) -> list[Large]:
     found: dict[tuple[str, str], Large] = {}
     for op, size, kind in program.large(least):
         shape = _bare(int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n)
-        why = known.get(shape) or _in_groups(known, shape, depths)
+        why = known.get(shape) or known.get((math.prod(shape[:-1]), shape[-1])) or _in_groups(known, shape, depths)
         if not why and shape[0] not in depths and math.prod(shape) <= most:
             why = "activations of one layer"
         elif not why and shape[0] in depths and math.prod(shape[1:]) <= most and prepared.stage.remat != "full":
@@ -164,6 +164,8 @@ def _most(prepared: Arguments, mesh: Mesh) -> float:
     if (llm := config.llm) is not None:
         copies = llm.block.experts.chosen if llm.block.experts else 1
         sizes.append(rows * stage.length * copies * max(llm.block.width, llm.block.mlp_width))
+        if (crossed := config.cross_attention) is not None:  # its logits
+            sizes.append(rows * crossed.block.heads * stage.length * stage.tiles * (config.connector.tokens if config.connector else 1))
     if isinstance(config.vision, ViTConfig):
         block, positions = config.vision.block, config.vision.positions + config.vision.prefix
         sizes.append(PADDED * _tiles(prepared, mesh) * positions * max(block.width, block.mlp_width))
@@ -211,8 +213,9 @@ def _known(prepared: Arguments, mesh: Mesh) -> dict[tuple[int, ...], str]:
             kept = (config.vision.layers, tiles, extra, config.vision.block.width)
             known[_bare(kept)] = "what each layer of the encoder reads, kept for the gradient"
     if (connector := config.connector) is not None:
-        kept = (connector.depth, rows * stage.tiles, connector.latents, connector.inner_width)
-        known[_bare(kept)] = "what each layer of the connector reads, kept for the gradient"
+        for width in (connector.inner_width, connector.in_width):
+            kept = (connector.depth, rows * stage.tiles, connector.latents, width)
+            known[_bare(kept)] = "what each layer of the connector reads, kept for the gradient"
     for path, leaf in tree.flatten(prepared.state.trainable).items():
         known[_bare(leaf.sharding.shard_shape(leaf.shape))] = f"of {path}, which is trained: its gradient, moments or new values"
     return known
