@@ -585,7 +585,7 @@ class Generate:
 class Plan:
     """For --job=plan.
 
-    topology   what to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16 (slices, compiled by libtpu where that is installed), h100:8, cpu:8
+    topology   what to plan for: v5e:16x16, v5p:4x4x8, v6e:16x16, v4:4x4x4 (slices, compiled by libtpu where that is installed), h100:8, cpu:8
                (devices, compiled for where they are); "" = shapes alone
     stage      the stage to plan; "" = all
     search     try meshes, rematerialisation and micro-batches, and recommend some

@@ -28,6 +28,7 @@ class Chip:
                it is the peak over what the chip's matrix units do in a cycle (TensorCores x units x side^2 x 2)
     links, link_speed    a TPU's links to its neighbours, and bytes/s of one in one direction: "bidirectional bandwidth per chip" / links / 2.
                A GPU has one, to the switch of its machine
+    cores      how libtpu calls it that a chip's cores are one device, where that is not what it takes for granted
     """
 
     kind: str
@@ -36,6 +37,7 @@ class Chip:
     clock: float = 0.0
     links: int = 1
     link_speed: float = 0.0
+    cores: str = "default"
 
     @property
     def flops(self) -> float:
@@ -43,13 +45,14 @@ class Chip:
         return peak(self.kind) or 0.0
 
 
-# TPUs: "Key specifications" of https://docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e (HBM: what of it XLA lets a program use). v5e: 4
-# units of 128 x 128; v5p: 2 cores with 4 of these; v6e: 2 units of 256 x 256, which do two products a cycle. GPUs: data sheets of A100 SXM
+# TPUs: "Key specifications" of https://docs.cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e (HBM: what of it XLA lets a program use). v5e: 4
+# units of 128 x 128; v4 and v5p: 2 cores with 4 of these; v6e: 2 units of 256 x 256, which do two products a cycle. GPUs: data sheets of A100 SXM
 # 80 GB, H100 SXM and H200, NVLink in one direction.
 CHIPS = {
     "v5e": Chip("TPU v5 lite", int(15.75 * 2**30), 819e9, 1.5e9, 4, 50e9),
     "v5p": Chip("TPU v5", int(95.74 * 2**30), 2765e9, 1.75e9, 6, 100e9),
     "v6e": Chip("TPU v6 lite", int(31.25 * 2**30), 1638e9, 1.75e9, 4, 100e9),
+    "v4": Chip("TPU v4", int(30.75 * 2**30), 1228e9, 1.05e9, 6, 50e9, cores="megacore"),
     "a100": Chip("NVIDIA A100", 80 * 10**9, 2039e9, 0.0, 1, 300e9),
     "h100": Chip("NVIDIA H100", 80 * 10**9, 3350e9, 0.0, 1, 450e9),
     "h200": Chip("NVIDIA H200", 141 * 10**9, 4800e9, 0.0, 1, 450e9),
@@ -73,7 +76,7 @@ class Target:
 
 
 def target(name: str) -> Target:
-    """v5e:16x16, v5p:4x4x8, v6e:16x16 (a slice by its shape in chips), h100:8, cpu:8 (devices by their number).
+    """v5e:16x16, v5p:4x4x8, v6e:16x16, v4:4x4x4 (a slice by its shape in chips), h100:8, cpu:8 (devices by their number).
 
     Raises UserError for another name, and for a shape that libtpu does not know. Without libtpu (pip install libtpu) a slice has no
     compiler: `devices` is None.
@@ -84,7 +87,7 @@ def target(name: str) -> Target:
     chip, shape = CHIPS[found[1]], tuple(map(int, found[2].split("x")))
     if not chip.clock:
         return Target(name, chip, shape, _here(chip, math.prod(shape)))
-    return Target(name, chip, shape, _slice(name, math.prod(shape)))
+    return Target(name, chip, shape, _slice(name, chip.cores, math.prod(shape)))
 
 
 def leave_cloud_alone() -> None:
@@ -102,7 +105,7 @@ _ALONE = {
 }
 
 
-def _slice(name: str, count: int) -> Sequence[jax.Device] | None:
+def _slice(name: str, cores: str, count: int) -> Sequence[jax.Device] | None:
     """The devices of a slice that nobody needs to own: libtpu describes it, and compiles for it."""
     if importlib.util.find_spec("libtpu") is None:
         return None
@@ -110,7 +113,7 @@ def _slice(name: str, count: int) -> Sequence[jax.Device] | None:
 
     leave_cloud_alone()
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, chip_config_name=cores).devices
     except Exception as error:  # libtpu's own classes of errors are many
         raise UserError(f"plan.topology = {name!r} is no slice that libtpu knows: {error}") from error
     if len(devices) != count:

@@ -21,7 +21,7 @@ NOTES = f"""\
 The compiler's word: bytes, the collectives and their sizes, the cycles of all operations but Pallas kernels.
 Our arithmetic: seconds (cycles over the published clock), Pallas kernels at {KERNEL_SHARE:.0%} of the peak (megablox on v5p at {MEGABLOX:.0%}, the least that
 follows from what MaxText publishes), communication (bytes over published link speeds: all links at once, or those of one axis of the torus), hours. Nothing was run. By the same cycles one product of two 8192 x 8192 bfloat16
-matrices reaches 88 % of the peak on v5e, 90 % on v5p and 70 % on v6e: nothing here can be above that."""
+matrices reaches 88 % of the peak on v5e, 90 % on v5p, 93 % on v4 and 70 % on v6e: nothing here can be above that."""
 
 
 def text(plan: StagePlan, samples_per_row: float) -> str:

@@ -51,7 +51,7 @@ def test_a_recipe_is_compiled_for_a_slice(tmp_path, capsys):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("topology, share", [("v5e:2x4", 0.88), ("v5p:2x2x1", 0.90)])
+@pytest.mark.parametrize("topology, share", [("v5e:2x4", 0.88), ("v5p:2x2x1", 0.90), ("v4:2x2x1", 0.93)])
 def test_cycles_of_a_large_product_are_near_the_peak_and_below_it(topology, share):
     target = chips.target(topology)
     assert target.devices is not None
