@@ -541,10 +541,15 @@ class Mesh:
 
 @dataclasses.dataclass
 class Checkpoint:
+    """Where a run goes on from. `local`: a folder on each machine's own disk or in its memory (/dev/shm/mmjax), to which the machines of
+    several slices write as well, every `local_every` steps (see mmjax.checkpoints.emergency); "" = none."""
+
     every: int = 500  # steps; a stage's last step is always saved
     keep: int = 3
     keep_best: int = 1
     asynchronous: bool = True
+    local: str = ""
+    local_every: int = 50
 
 
 @dataclasses.dataclass

@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Generator, Iterator, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from mmjax import flops, tree
 from mmjax.batch import Batch
+from mmjax.checkpoints.emergency import Emergency
 from mmjax.checkpoints.store import Checkpoint, Store, overlay
 from mmjax.config import Recipe
 from mmjax.errors import UserError
@@ -71,10 +72,6 @@ def train(
     """
     names = run.recipe.run
     found = run.store.resume(names)
-    if jax.process_index() == 0:
-        for journal in _journals(run.workdir):
-            journal.rewind(names, found.stage if found else names[0], found.step if found else -1)
-    cluster.wait("journals")
     if found is not None:
         log.info("going on from %s", found.path)
         params = overlay(params, found, param_shardings(params, run.mesh))
@@ -112,8 +109,7 @@ def train_stage(
     own      paths of the leaves that differ from their published base, or have none
     Raises UserError for a loss that is not finite, naming the samples; Terminated after a SIGTERM.
     """
-    stage, key = run.recipe.stages[name], f"stages.{name}"
-    steps, start = pipeline.steps, found.step if found else 0
+    stage, key, steps = run.recipe.stages[name], f"stages.{name}", pipeline.steps
 
     # ---- what trains, and where it lives
     selection = select(params, stage.trainable, f"{key}.trainable")
@@ -125,13 +121,16 @@ def train_stage(
     schedule = make_schedule(stage.optimizer, steps)
     places = state_shardings(trainable, optimizer, run.mesh)
     if found is None:
-        state = init_state(trainable, optimizer, run.mesh)
+        start, state = 0, init_state(trainable, optimizer, run.mesh)
     else:
+        start, place = found.step, cast(Any, places.step)
         moments = found.optimizer(state_shapes(trainable, optimizer).optimizer, places.optimizer)
-        place: Any = places.step
-        step = placed(np.asarray(start, np.int32), place)
-        state = State(step, jax.tree.map(placed, trainable, places.trainable), moments)
+        state = State(placed(np.asarray(start, np.int32), place), jax.tree.map(placed, trainable, places.trainable), moments)
     del trainable
+    near = Emergency.of(run.recipe.checkpoint, run.workdir, name, run.mesh, state)
+    if near is not None and (newer := near.newest() or 0) > start:
+        log.info("%s: going on from step %d, which the machines have kept themselves (%s)", name, newer, near.folder)
+        start, state = newer, near.restore(newer)
 
     seed = run.recipe.seed + run.recipe.run.index(name)
     train_step = make_train_step(config, stage, selection, optimizer, schedule, run.mesh, places, seed)
@@ -144,6 +143,11 @@ def train_stage(
     # ---- what is said
     first = jax.process_index() == 0
     metrics, skipped = _journals(run.workdir)
+    cluster.wait("journals are whole")
+    if first:
+        for journal in (metrics, skipped):
+            journal.rewind(run.recipe.run, name, start or (0 if found else -1))
+    cluster.wait("journals")
     best = Best()
     for line in metrics.read():
         if line["stage"] == name and line.get("validation_loss") is not None:
@@ -224,7 +228,8 @@ def train_stage(
         stopping = termination.reached()
         validating = validation is not None and (done % stage.validation.every == 0 or done == steps)
         saving = stopping or (run.recipe.checkpoint.every and done % run.recipe.checkpoint.every == 0)
-        while len(waiting) > (1 if validating else 0 if saving or done == steps else LAG):
+        keeping = near is not None and done % near.every == 0
+        while len(waiting) > (1 if validating else 0 if saving or keeping or done == steps else LAG):
             report(*waiting.popleft())
         if validating:
             report(*waiting.popleft(), validate)
@@ -233,7 +238,11 @@ def train_stage(
                 break
         if done < steps and (saving or (validating and run.recipe.checkpoint.keep_best)):
             save(best.last if validating else None)
+        elif near is not None and keeping and done < steps:
+            near.save(done, state)
         if done < steps and stopping:
+            if near is not None:
+                near.close(finished=False)
             run.store.close()
             raise Terminated
 
@@ -245,6 +254,9 @@ def train_stage(
         trained = {path.removeprefix("trained/"): leaf for path, leaf in leaves.items() if path.startswith("trained/")}
         state = dataclasses.replace(state, trainable=tree.unflatten(trained))
     save(best.last, ended=True)
+    if near is not None:
+        run.store.wait()
+        near.close(finished=True)
     if board:
         board.close()
     if pipeline.skipped:

@@ -1,7 +1,8 @@
 """A whole run of two stages on a tiny language model, without files of data: `python -m tests.training.small_run WORKDIR`.
 
 The tests kill it and start it again. `... WORKDIR HOST:PORT PROCESSES PROCESS` is one of several processes, which train the second stage
-alone, and then write what the model answers to WORKDIR/answers.json."""
+alone, and then write what the model answers to WORKDIR/answers.json. `... FOLDER` after them: they keep checkpoints of their own there,
+and the workdir gets none before the end."""
 
 import dataclasses
 import json
@@ -109,11 +110,13 @@ def run(workdir: Path, recipe: config.Recipe = RECIPE, pipelines=None, model: Mo
     return trained
 
 
-def run_on_two(workdir: Path) -> None:
-    """The second stage on two devices, of this process or of two, and then an answer to each of four prompts."""
+def run_on_two(workdir: Path, local: str = "") -> None:
+    """The second stage on two devices, of this process or of two, and then an answer to each of four prompts. `local`: see Checkpoint."""
     mesh = make_mesh(config.Mesh(data=2), jax.devices()[:2])
     own = own_shards(mesh)
     recipe = dataclasses.replace(RECIPE, run=("tune",))
+    if local:
+        recipe.checkpoint = config.Checkpoint(every=0, keep_best=0, local=local, local_every=2)
     params = run(workdir, recipe, lambda *_: (Data(12, 100, own=own), Data(1, 1000, own=own)), mesh=mesh)
     params = jax.tree.map(placed, params, param_shardings(params, mesh))
     prompts = dataclasses.replace(tiny.batch(rows=4, length=8, groups=1), images=None, tiles=None, media=None)
@@ -127,4 +130,4 @@ if __name__ == "__main__":
         run(Path(sys.argv[1]))
     else:
         with cluster.joined(cluster.Asked(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), heartbeat=20)):
-            run_on_two(Path(sys.argv[1]))
+            run_on_two(Path(sys.argv[1]), *sys.argv[5:])
