@@ -50,7 +50,7 @@ def text(plan: StagePlan, samples_per_row: float) -> str:
             f"  communication: {found.communication[0]:.3f} to {found.communication[1]:.3f} s",
             f"  MFU: {found.mfu(found.compute):.1%} of the computation alone; {found.mfu(slow):.1%} to {found.mfu(fast):.1%} with communication "
             "(none to all of it beside the computation)"
-            + (f"; {found.mfu(found.compiler_seconds + found.half_seconds):.1%} with all kernels at half of the peak" if found.half_seconds > found.kernel_seconds else ""),
+            + (f"; {found.mfu(found.compiler_seconds + found.half_seconds):.1%} with all kernels at half of the peak" if found.half_seconds > 1.001 * found.kernel_seconds else ""),
             *([_without_kernels(plan)] if plan.plain else []),
             f"  {samples_per_row * plan.stage.rows / slow:,.1f} to {samples_per_row * plan.stage.rows / fast:,.1f} samples/s",
         ]
