@@ -139,7 +139,8 @@ def _large(program: Program, prepared: Arguments, mesh: Mesh) -> list[Large]:
     for op, size, kind in program.large(least):
         shape = _bare(int(n) for n in kind.split("[")[1].rstrip("]").split(",") if n)
         why = known.get(shape) or known.get((math.prod(shape[:-1]), shape[-1])) or _in_groups(known, shape, depths)
-        if not why and shape[0] not in depths and math.prod(shape) <= most:
+        within = shape[0] not in depths or "Block/" in op or "splash" in op  # there may be as many heads as layers
+        if not why and within and math.prod(shape) <= most:
             why = "activations of one layer"
         elif not why and shape[0] in depths and math.prod(shape[1:]) <= most and prepared.stage.remat != "full":
             why = f"activations of all layers, kept for the gradient (remat={prepared.stage.remat})"
