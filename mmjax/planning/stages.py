@@ -165,8 +165,10 @@ def _most(prepared: Arguments, mesh: Mesh) -> float:
     if (llm := config.llm) is not None:
         copies = llm.block.experts.chosen if llm.block.experts else 1
         sizes.append(rows * stage.length * copies * max(llm.block.width, llm.block.mlp_width))
-        if (crossed := config.cross_attention) is not None:  # its logits
-            sizes.append(rows * crossed.block.heads * stage.length * stage.tiles * (config.connector.tokens if config.connector else 1))
+        if (crossed := config.cross_attention) is not None:
+            sizes.append(rows * stage.length * crossed.block.mlp_width)
+            logits = crossed.block.heads * stage.length * stage.tiles * (config.connector.tokens if config.connector else 1)
+            sizes.append(rows * logits)
     if isinstance(config.vision, ViTConfig):
         block, positions = config.vision.block, config.vision.positions + config.vision.prefix
         sizes.append(PADDED * _tiles(prepared, mesh) * positions * max(block.width, block.mlp_width))

@@ -127,10 +127,14 @@ def train_stage(
         moments = found.optimizer(state_shapes(trainable, optimizer).optimizer, places.optimizer)
         state = State(placed(np.asarray(start, np.int32), place), jax.tree.map(placed, trainable, places.trainable), moments)
     del trainable
+    first = jax.process_index() == 0
+    metrics, skipped = _journals(run.workdir)
     near = Emergency.of(run.recipe.checkpoint, run.workdir, name, run.mesh, state)
     if near is not None and (newer := near.newest() or 0) > start:
-        log.info("%s: going on from step %d, which the machines have kept themselves (%s)", name, newer, near.folder)
-        start, state = newer, near.restore(newer)
+        # which another start, on another mesh, may have left behind: then the journal does not reach that far
+        if newer - cluster.from_first("journal", lambda: metrics.last(name)) < run.recipe.logging.every:
+            log.info("%s: going on from step %d, which the machines have kept themselves (%s)", name, newer, near.folder)
+            start, state = newer, near.restore(newer)
 
     seed = run.recipe.seed + run.recipe.run.index(name)
     train_step = make_train_step(config, stage, selection, optimizer, schedule, run.mesh, places, seed)
@@ -141,8 +145,6 @@ def train_stage(
         run.store.save(name, done, state, kept, selection.ranges, ended=ended, validation_loss=validation_loss)
 
     # ---- what is said
-    first = jax.process_index() == 0
-    metrics, skipped = _journals(run.workdir)
     cluster.wait("journals are whole")
     if first:
         for journal in (metrics, skipped):

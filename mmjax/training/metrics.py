@@ -42,6 +42,10 @@ class Journal:
                 continue
         return found
 
+    def last(self, stage: str) -> int:
+        """The last step of a stage that has a line; 0 where none has."""
+        return max((line["step"] for line in self.read() if line["stage"] == stage), default=0)
+
     def rewind(self, run: Sequence[str], stage: str, step: int) -> None:
         """Drops what lies beyond `step` of `stage`: the run is about to do it again."""
         self.gather()

@@ -73,6 +73,7 @@ def test_a_killed_process_gets_the_state_from_what_the_other_has_kept(two, one, 
         assert 0 not in processes.ended(both, LIMIT), processes.said(tmp_path / "killed")
     assert newest(workdir, ("tune",)) is None and [path.name for path in kept.glob("*/tune/*/*") if path.name.isdecimal()]
     before = processes.lines(workdir)
+    assert len(before) >= 6
     with processes.started(2, command, tmp_path / "finished", **cheap) as both:
         assert processes.ended(both, LIMIT) == [0, 0], processes.said(tmp_path / "finished")
     ours, theirs = processes.lines(workdir), processes.lines(one)
