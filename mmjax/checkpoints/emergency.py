@@ -23,7 +23,6 @@ import jax
 import orbax.checkpoint as ocp
 from absl import flags
 from jax.sharding import Mesh
-from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax
 
 from mmjax import config
 from mmjax.parallel import cluster
@@ -38,6 +37,10 @@ class Emergency:
     """Of one stage; `state` is one as it is on the mesh, whose shapes and places are what is kept. All processes must call every method."""
 
     def __init__(self, folder: Path, workdir: Path, options: config.Checkpoint, mesh: Mesh, state: State):
+        from orbax.checkpoint.experimental.emergency import (
+            checkpoint_manager as orbax,  # experimental: for those alone who want it
+        )
+
         self.folder, self.every = folder, options.local_every
         self.folder.mkdir(parents=True, exist_ok=True)
         leaves, self._structure = jax.tree.flatten(state)
