@@ -30,23 +30,20 @@ from mmjax.training.state import State
 
 log = logging.getLogger(__name__)
 
-NEVER = 10**12  # steps between two of Orbax's own checkpoints in the workdir, which mmjax.checkpoints.store writes
-
 
 class Emergency:
     """Of one stage; `state` is one as it is on the mesh, whose shapes and places are what is kept. All processes must call every method."""
 
     def __init__(self, folder: Path, workdir: Path, options: config.Checkpoint, mesh: Mesh, state: State):
-        from orbax.checkpoint.experimental.emergency import (
-            checkpoint_manager as orbax,  # experimental: for those alone who want it
-        )
+        # experimental, and so for those alone who want it
+        from orbax.checkpoint.experimental.emergency import checkpoint_manager as orbax
 
         self.folder, self.every = folder, options.local_every
         self.folder.mkdir(parents=True, exist_ok=True)
         leaves, self._structure = jax.tree.flatten(state)
         shapes = _numbered([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves])
         local = orbax.LocalCheckpointOptions(save_interval_steps=1, max_to_keep=1)
-        persistent = orbax.PersistentCheckpointOptions(save_interval_steps=NEVER, should_save_fn=lambda *_: False)
+        persistent = orbax.PersistentCheckpointOptions(should_save_fn=lambda *_: False)  # those of the workdir mmjax.checkpoints.store writes
         given = orbax.CheckpointManagerOptions(local=local, persistent=persistent, replica_axis_index=0)
         unused = workdir.absolute() / "checkpoints" / ".emergency"
         if not flags.FLAGS.is_parsed():  # Orbax reads flags of its own, also where no command line was
