@@ -25,7 +25,7 @@ MLPS = ("mlp", "pooled_mlp", "concat", "space_to_depth")
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("least_tiles", "most_tiles"), (1, math.inf)),
     **dict.fromkeys(("rows", "length", "accumulate", "unroll", "group", "pooled_tokens", "rank", "join"), (1, math.inf)),
-    **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency"), (1, math.inf)),
+    **dict.fromkeys(("batch", "num_beams", "max_new_tokens", "prefetch", "threads", "min_frequency", "local_every"), (1, math.inf)),
     **dict.fromkeys(("steps", "epochs", "tiles", "limit", "weight", "loss_weight", "warmup_steps"), (0, math.inf)),
     **dict.fromkeys(("answer_length", "depth", "hidden_width", "squeeze_width", "head_dim"), (0, math.inf)),
     **dict.fromkeys(("latents", "heads", "cross_every", "text_positions"), (1, math.inf)),

@@ -30,6 +30,7 @@ from mmjax.config import Recipe, from_config_dict
 from mmjax.models.config import ModelConfig
 from mmjax.planning import chips, report
 from mmjax.planning.figures import stage_figures
+from mmjax.planning.search import ROWS
 from mmjax.planning.stages import plan_stage
 from tests.configs import expand
 
@@ -45,7 +46,6 @@ MORE = (  # sizes beside each recipe's usual one
     ("anymal", "70b"),
 )
 COMPARED = ("llava15", "llava15:13b", "llava15@16k", "vila:40b", "idefics:80b", "mixtral")  # also without Pallas
-ROWS = 1.5  # times the recipe's, that a mesh may ask for
 
 
 @dataclasses.dataclass(frozen=True)
